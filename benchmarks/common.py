@@ -1,0 +1,71 @@
+"""Shared by the benchmark scripts: what machine and versions made a number, and one json file that is added to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Content of a json file, an empty dict where there is none yet."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save_json(content: Any, path: Path) -> None:
+    """Write through a temporary file and a rename: an interrupted benchmark never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def _format(values: list[float | None], scale: float, digits: int) -> str:
+    known = [v * scale for v in values if v is not None]
+    if not known:
+        return "-"
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}"
+
+
+def _gain(entries: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
+    """Dice difference to the baseline over the cases (seeds averaged first): mean ± standard error, in points."""
+    ids = sorted(set(entries[0]["per_case"]))
+    if not baseline or ids != sorted(set(baseline[0]["per_case"])):
+        return "-"
+    differences = [
+        100 * (statistics.mean(e["per_case"][i]["dice"] for e in entries)
+               - statistics.mean(e["per_case"][i]["dice"] for e in baseline))
+        for i in ids
+    ]  # fmt: skip
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.mean(differences):+.2f} ± {error:.2f}"
+
+
+def comparison_table(content: dict[str, Any]) -> str:
+    """Markdown table of the runs in a result file.
+
+    Mean ± standard deviation over seeds; the gain over stock4 (tune:stock4 for tuning runs) is paired by case.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in content.get("runs", {}).values():
+        budget = "/".join(re.findall(r"(\d+)epochs_(\d+)iters", entry["trainer"])[0])
+        groups.setdefault((entry["run"], budget), []).append(entry)
+    header = ["run", "epochs/iterations", "seeds", "Dice %", "Jaccard %", "HD95 mm", "ASD mm"]
+    header += ["Dice gain over stock4", "s/epoch", "min"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for (name, budget), entries in groups.items():
+        reference = "tune:stock4" if name.startswith("tune:") else "stock4"
+        same_budget = [es for (n, b), es in groups.items() if n == reference and (b == budget or "long" in name)]
+        baselines = [entry for es in same_budget for entry in es]
+        row = [name, budget, str(len(entries))]
+        for metric, scale, digits in (("dice", 100, 2), ("jaccard", 100, 2), ("hd95", 1, 2), ("asd", 1, 2)):
+            row.append(_format([e["mean"][metric] for e in entries], scale, digits))
+        row.append("" if name == reference else _gain(entries, baselines))
+        row.append(_format([e.get("seconds_per_epoch") for e in entries], 1, 1))
+        row.append(_format([e.get("wallclock_s") for e in entries], 1 / 60, 1))
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)

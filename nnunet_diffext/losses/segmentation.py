@@ -1,0 +1,72 @@
+"""Segmentation losses on dense targets with a weight per voxel: one pair of functions for labels and pseudo-labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False) -> Tensor:
+    """Weighted mean of the voxel-wise (binary, for regions) cross-entropy, ``sum(w ce) / sum(w)``; 0 if no voxel counts.
+
+    Args:
+        logits: ``(B, K, *)``.
+        target: probabilities or one-hot, ``(B, K, *)``.
+        weight: ``(B, 1, *)``, non-negative.
+        regions: heads are independent (sigmoid).
+    """
+    if regions:
+        voxelwise = binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").mean(1, keepdim=True)
+    else:
+        voxelwise = -(target * log_softmax(logits.float(), dim=1)).sum(1, keepdim=True)
+    return (weight * voxelwise).sum() / weight.sum().clamp_min(1e-5)
+
+
+def soft_dice_loss(
+    probabilities: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    skip_background: bool,
+    batch_dice: bool = False,
+    smooth: float = 1e-5,
+) -> Tensor:
+    """``1 - mean Dice``; the weight enters intersection and cardinalities alike. A sample without weight does not count.
+
+    Args:
+        probabilities, target: ``(B, K, *)``.
+        weight: ``(B, 1, *)``, non-negative.
+        skip_background: leave out channel 0 (softmax heads).
+        batch_dice: pool the sums over the batch of this process, as nnU-Net does for small patches.
+        smooth: added to numerator and denominator.
+    """
+    if skip_background:
+        probabilities, target = probabilities[:, 1:], target[:, 1:]
+    axes = tuple(range(2, target.ndim))
+    intersection = (weight * probabilities * target).sum(axes)
+    cardinality = (weight * (probabilities + target)).sum(axes)
+    counts = weight.sum(axes) > 0  # (B, 1)
+    if batch_dice:
+        intersection, cardinality, counts = intersection.sum(0), cardinality.sum(0), counts.any(0)
+    dice = (2 * intersection + smooth) / (cardinality + smooth).clamp_min(1e-8)
+    counts = counts.expand_as(dice).to(dice.dtype)
+    return ((1 - dice) * counts).sum() / counts.sum().clamp_min(1)
+
+
+def dice_ce_loss(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False, batch_dice: bool = False) -> Tensor:
+    """``L_seg``: Dice plus cross-entropy, 1:1 (DMED-Seg section 4.2), computed in fp32. 0 if no voxel has weight.
+
+    Args:
+        logits: ``(B, K, *)``.
+        target: ``(B, K, *)``; weight: ``(B, 1, *)``.
+        regions: sigmoid heads, all of them foreground.
+        batch_dice: see :func:`soft_dice_loss`.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, target, weight = logits.float(), target.float(), weight.float()
+        probabilities = torch.sigmoid(logits) if regions else torch.softmax(logits, dim=1)
+        dice = soft_dice_loss(
+            probabilities, target, weight, skip_background=not regions, batch_dice=batch_dice
+        )
+        return dice + cross_entropy(logits, target, weight, regions=regions)

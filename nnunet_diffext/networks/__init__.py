@@ -1,0 +1,1 @@
+"""Complete networks. They build their convolutional parts from what nnU-Net planned (:mod:`.architecture`)."""

@@ -1,0 +1,105 @@
+"""What nnU-Net planned, as an object: the U-Net class and keyword arguments of a plans file, buildable and inspectable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pydoc import locate
+from typing import Any
+
+from torch import nn
+
+_PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
+_PER_DECODER_STAGE = ("n_conv_per_stage_decoder",)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A planned U-Net of dynamic-network-architectures (``PlainConvUNet``, ``ResidualEncoderUNet`` or alike).
+
+    Args:
+        network_class: class with ``encoder.stages`` and ``decoder.stages / transpconvs / seg_layers``.
+        kwargs: its constructor arguments, classes resolved, without ``input_channels``, ``num_classes``, ``deep_supervision``.
+    """
+
+    network_class: type[nn.Module]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def from_plans(cls, class_name: str, kwargs: Mapping[str, Any], imports: Sequence[str]) -> Architecture:
+        """Resolve the dotted names of a plans file's ``architecture`` block.
+
+        Raises:
+            ValueError: if the class cannot be imported.
+        """
+        network_class = locate(class_name)
+        if network_class is None:
+            raise ValueError(f"The plans name the network class '{class_name}', which cannot be imported.")
+        resolved = {k: locate(v) if k in imports and v is not None else v for k, v in kwargs.items()}
+        return cls(network_class, {k: v for k, v in resolved.items() if k != "deep_supervision"})
+
+    @property
+    def conv_op(self) -> type[nn.Module]:
+        """``nn.Conv2d`` or ``nn.Conv3d``."""
+        return self.kwargs["conv_op"]
+
+    @property
+    def dim(self) -> int:
+        """Number of spatial axes."""
+        return int(self.conv_op.__name__[-2])
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        """Stride of every stage, one integer per axis."""
+        return [(s,) * self.dim if isinstance(s, int) else tuple(s) for s in self.kwargs["strides"]]
+
+    @property
+    def features(self) -> list[int]:
+        """Channels of every stage, finest first."""
+        return list(self.kwargs["features_per_stage"])
+
+    def check_patch(self, patch_size: Sequence[int]) -> None:
+        """Raise ``ValueError`` if the strides do not divide the patch (skip connections would not fit)."""
+        total = [1] * self.dim
+        for stride in self.strides:
+            total = [a * b for a, b in zip(total, stride, strict=True)]
+        if any(p % t for p, t in zip(patch_size, total, strict=True)):
+            snapped = [max(t, round(p / t) * t) for p, t in zip(patch_size, total, strict=True)]
+            raise ValueError(
+                f"Patch size {list(patch_size)} is not divisible by the network's total stride {total}. "
+                f"Change 'patch_size' in the plans file, for example to {snapped}."
+            )
+
+    def coarser(self) -> Architecture:
+        """The same network without its finest stage: it starts at the resolution of the second stage, same channels there."""
+        kwargs = dict(self.kwargs)
+        for key in _PER_STAGE:
+            if isinstance(kwargs.get(key), (list, tuple)):
+                kwargs[key] = list(kwargs[key])[1:]
+        for key in _PER_DECODER_STAGE:  # ordered from the coarsest stage to the finest
+            if isinstance(kwargs.get(key), (list, tuple)):
+                kwargs[key] = list(kwargs[key])[:-1]
+        kwargs["n_stages"] -= 1
+        if kwargs["n_stages"] < 2:
+            raise ValueError("A network of fewer than 3 stages has no coarser version; use the full-resolution expert.")
+        return replace(self, kwargs=kwargs)
+
+    def build(self, input_channels: int, num_classes: int) -> nn.Module:
+        """Instantiate and initialise the network, as nnU-Net does.
+
+        Raises:
+            ValueError: if it is no U-Net with the parts that the experts are made of.
+        """
+        net = self.network_class(
+            input_channels=input_channels, num_classes=num_classes, deep_supervision=False, **self.kwargs
+        )
+        parts = ("encoder.stages", "decoder.stages", "decoder.transpconvs", "decoder.seg_layers")
+        missing = [p for p in parts if not hasattr(getattr(net, p.split(".")[0], None), p.split(".")[1])]
+        if missing:
+            raise ValueError(
+                f"{self.network_class.__name__} has no {', '.join(missing)}: the experts are built from U-Nets such as "
+                "PlainConvUNet and ResidualEncoderUNet. Plan with nnU-Net's default or ResEnc planners."
+            )
+        if hasattr(net, "initialize"):
+            net.apply(net.initialize)
+        return net

@@ -1,0 +1,134 @@
+"""Dynamic Fusion Module of DMED-Seg: a small transformer decides, per location and scale, which expert to trust (eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+
+class FusionOutput(NamedTuple):
+    """Fused logits ``(B, K, *patch)`` and the expert weights ``(B, 2, *)`` of every scale, finest first; they sum to one."""
+
+    logits: Tensor
+    weights: list[Tensor]
+
+
+class ExpertAttention(nn.Module):
+    """One pre-norm transformer layer over the two expert tokens of a location.
+
+    Attention across locations is out of reach in 3D (10^4 to 10^5 tokens per scale); across experts it costs ``O(4 d)``.
+
+    Args:
+        dim: token width d.
+        heads: attention heads.
+        mlp_ratio: width of the MLP relative to ``dim``.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(M, 2, d)`` -> ``(M, 2, d)``."""
+        m, n, d = tokens.shape
+        q, k, v = self.qkv(self.norm_attention(tokens)).view(m, n, 3, self.heads, d // self.heads).unbind(2)
+        # written out for two tokens: fused kernels refuse 10^5 (batch x head) blocks, and batched 2x2 products are slow
+        scores = (q[:, :, None] * k[:, None]).sum(-1, keepdim=True) * (d // self.heads) ** -0.5  # (M, 2, 2, heads, 1)
+        mixed = (scores.softmax(dim=2) * v[:, None]).sum(2)
+        tokens = tokens + self.project(mixed.reshape(m, n, d))
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class DynamicFusion(nn.Module):
+    """Weights and fuses the two experts' features at up to four scales, 1/2 ... 1/16 (section 3.4, eq. 1).
+
+    The fused scales are merged coarse to fine and read out by one 1x1 convolution. With ``fuse_predictions`` the experts'
+    logits, weighted in the same way, are added ("fuses features and predictions").
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
+        channels: channels of every level, finest (full resolution) first; both experts have the same.
+        num_classes: K.
+        dim, heads, layers: size of the transformer; the paper's are 4 heads and 2 layers.
+        max_scales: how many levels below full resolution are fused.
+        fuse_predictions: add the weighted expert logits.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[nn.Module],
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        dim: int = 16,
+        heads: int = 4,
+        layers: int = 2,
+        max_scales: int = 4,
+        fuse_predictions: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = list(channels[: max_scales + 1])
+        self.fuse_predictions = fuse_predictions
+        self.mode = "trilinear" if conv_op is nn.Conv3d else "bilinear"
+        scales = self.channels[1:]
+        self.project_de = nn.ModuleList(nn.Linear(c, dim) for c in scales)
+        self.project_ce = nn.ModuleList(nn.Linear(c, dim) for c in scales)
+        self.scale_embedding = nn.Parameter(torch.randn(len(scales), 1, 1, dim) * 0.02)
+        self.attention = nn.ModuleList(ExpertAttention(dim, heads) for _ in range(layers))
+        self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1))
+        self.merge = nn.ModuleList(
+            conv_op(coarse, fine, 1) for fine, coarse in zip(scales, scales[1:], strict=False)
+        )
+        # 1x1 convolutions commute with blending and interpolation, so only K channels ever live at full resolution
+        self.seg_layers = nn.ModuleList(conv_op(c, num_classes, 1) for c in self.channels[:2])
+
+    def scale_weights(self, scale: int, de: Tensor, ce: Tensor) -> Tensor:
+        """Softmax weights of the two experts, ``(B, 2, *)``, from their features ``(B, C, *)`` at one scale. Always fp32."""
+        with torch.autocast(de.device.type, enabled=False):
+            tokens = torch.stack(
+                [self.project_de[scale](_flat(de).float()), self.project_ce[scale](_flat(ce).float())], dim=2
+            )  # (B, N, 2, d)
+            tokens = (tokens + self.scale_embedding[scale]).flatten(0, 1)
+            for layer in self.attention:
+                tokens = layer(tokens)
+            weights = self.score(tokens).squeeze(-1).softmax(dim=-1)
+        return weights.view(de.shape[0], -1, 2).transpose(1, 2).reshape(de.shape[0], 2, *de.shape[2:])
+
+    def forward(self, de: Sequence[Tensor], ce: Sequence[Tensor], de_logits: Tensor, ce_logits: Tensor) -> FusionOutput:
+        """Feature lists are finest first, level by level of the same shape; logits are ``(B, K, *patch)``."""
+        weights, fused = [], []
+        for f_de, f_ce in zip(de[1 : len(self.channels)], ce[1:], strict=False):
+            w = self.scale_weights(len(weights), f_de, f_ce)
+            weights.append(w)
+            fused.append(_blend(w, f_de, f_ce))
+        x = fused[-1]
+        for finer, merge in zip(fused[-2::-1], reversed(self.merge), strict=True):
+            x = finer + self.resize(merge(x), finer)
+
+        full_de, full_ce = self.seg_layers[0](de[0]), self.seg_layers[0](ce[0])
+        if self.fuse_predictions:
+            full_de, full_ce = full_de + de_logits, full_ce + ce_logits
+        logits = _blend(self.resize(weights[0], full_ce), full_de, full_ce) + self.resize(self.seg_layers[1](x), full_ce)
+        return FusionOutput(logits, weights)
+
+    def resize(self, x: Tensor, like: Tensor) -> Tensor:
+        """Interpolate linearly to the spatial size of ``like``."""
+        return interpolate(x, size=like.shape[2:], mode=self.mode)
+
+
+def _blend(weights: Tensor, de: Tensor, ce: Tensor) -> Tensor:
+    """Eq. 1: ``w_DE F_DE + w_CE F_CE``."""
+    weights = weights.to(ce.dtype)
+    return weights[:, :1] * de + weights[:, 1:] * ce
+
+
+def _flat(features: Tensor) -> Tensor:
+    """``(B, C, *)`` -> ``(B, N, C)``."""
+    return features.flatten(2).transpose(1, 2)

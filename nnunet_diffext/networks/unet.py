@@ -1,0 +1,124 @@
+"""The two experts' backbones, both made of the stages that nnU-Net planned: a V-Net and a time-conditioned U-Net."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.networks.blocks.time import FiLM, TimeEmbedding
+
+
+class UNetOutput(NamedTuple):
+    """Logits ``(B, K, *)`` and the features of every level, finest first; the last one is the deepest encoder output."""
+
+    logits: Tensor
+    features: list[Tensor]
+
+
+class UNetBackbone(nn.Module):
+    """A planned U-Net that also returns its decoder features. Subclasses decide how one stage is applied.
+
+    Args:
+        architecture: what nnU-Net planned.
+        input_channels: channels of the input.
+        num_classes: K, output channels.
+    """
+
+    def __init__(self, architecture: Architecture, input_channels: int, num_classes: int) -> None:
+        super().__init__()
+        net = architecture.build(input_channels, num_classes)
+        self.stem = getattr(net.encoder, "stem", None) or nn.Identity()
+        self.encoder = nn.ModuleList(net.encoder.stages)
+        self.upsampling = net.decoder.transpconvs
+        self.decoder = net.decoder.stages
+        # only the finest head: coarser ones are for deep supervision, and DDP refuses parameters without gradient
+        self.seg_layers = nn.ModuleList([net.decoder.seg_layers[-1]])
+
+    def encoder_stage(self, level: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Apply encoder stage ``level`` (0 = finest)."""
+        return self.encoder[level](x)
+
+    def decoder_stage(self, index: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Apply decoder stage ``index`` (0 = coarsest)."""
+        return self.decoder[index](x)
+
+    def run(self, x: Tensor, condition: Tensor | None = None) -> UNetOutput:
+        """``(B, C, *patch)`` -> logits and features."""
+        x = self.stem(x)
+        skips = []
+        for level in range(len(self.encoder)):
+            x = self.encoder_stage(level, x, condition)
+            skips.append(x)
+        features = [x]
+        for index, up in enumerate(self.upsampling):
+            x = self.decoder_stage(index, torch.cat([up(x), skips[-(index + 2)]], dim=1), condition)
+            features.append(x)
+        return UNetOutput(self.seg_layers[0](x), features[::-1])
+
+
+class VNet(UNetBackbone):
+    """V-Net (Milletari et al. 2016): strided and transposed convolutions, a residual around the convolutions of each stage.
+
+    Residual stages of a ResEnc plan are V-Net stages already and are used as they are.
+    """
+
+    def encoder_stage(self, level: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        return _residual(self.encoder[level], x)
+
+    def decoder_stage(self, index: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        return _residual(self.decoder[index], x)
+
+    def forward(self, image: Tensor) -> UNetOutput:
+        """``(B, C, *patch)`` -> logits and features."""
+        return self.run(image)
+
+
+class ConditionalUNet(UNetBackbone):
+    """U-Net conditioned on image, noisy mask and timestep: image and mask enter as channels, time modulates every stage.
+
+    Args:
+        architecture: what nnU-Net planned.
+        image_channels: channels of the image.
+        mask_channels: channels of the noisy mask ``y_t``.
+        num_classes: K, channels of the predicted clean mask (logits).
+        time_channels: width of the time embedding.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        image_channels: int,
+        mask_channels: int,
+        num_classes: int,
+        time_channels: int = 128,
+    ) -> None:
+        super().__init__(architecture, image_channels + mask_channels, num_classes)
+        features = architecture.features
+        self.time_embedding = TimeEmbedding(time_channels)
+        self.encoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features)
+        self.decoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features[-2::-1])
+
+    def encoder_stage(self, level: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        return self.encoder_films[level](self.encoder[level](x), condition)
+
+    def decoder_stage(self, index: int, x: Tensor, condition: Tensor | None) -> Tensor:
+        return self.decoder_films[index](self.decoder[index](x), condition)
+
+    def forward(self, image: Tensor, noisy_mask: Tensor, t: Tensor) -> UNetOutput:
+        """``image``: ``(B, C, *patch)``, ``noisy_mask``: ``(B, K, *patch)``, ``t``: ``(B,)`` -> logits and features."""
+        return self.run(torch.cat([image, noisy_mask.to(image.dtype)], dim=1), self.time_embedding(t))
+
+
+def _residual(stage: nn.Module, x: Tensor) -> Tensor:
+    """Stacked convolutions with V-Net's shortcut: the first one changes resolution and width, the rest is a residual."""
+    blocks = stage[-1] if isinstance(stage, nn.Sequential) else stage
+    if not hasattr(blocks, "convs"):
+        return stage(x)
+    if isinstance(stage, nn.Sequential):
+        for module in stage[:-1]:  # pooling, if planned
+            x = module(x)
+    x = blocks.convs[0](x)
+    return x + blocks.convs[1:](x) if len(blocks.convs) > 1 else x

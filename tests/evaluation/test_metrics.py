@@ -1,0 +1,156 @@
+"""Metrics against distances known by construction and against an independent implementation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_diffext.evaluation.metrics import case_metrics, evaluate_folder, json_ready, mask_metrics, save_report
+
+SPACING = (5.0, 0.8, 0.5)
+
+
+def cube(shape, start, stop):
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = True
+    return mask
+
+
+def ellipsoid(shape, centre, radii):
+    grid = np.ogrid[tuple(slice(0, n) for n in shape)]
+    return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_shifted_plane_is_its_distance_in_mm(axis):
+    # A plane one voxel thick through the whole image: every point of one is exactly `shift` voxels from the other.
+    shift = 3
+    planes = []
+    for position in (2, 2 + shift):
+        mask = np.zeros((12, 13, 14), dtype=bool)
+        mask[(slice(None),) * axis + (position,)] = True
+        planes.append(mask)
+    result = mask_metrics(*planes, SPACING)
+    assert result["dice"] == 0 and result["jaccard"] == 0
+    assert result["hd95"] == pytest.approx(shift * SPACING[axis], rel=1e-6)
+    assert result["asd"] == pytest.approx(shift * SPACING[axis], rel=1e-6)
+
+
+def test_shifted_cube_overlap_and_asd_in_one_dimension():
+    # Two lines of 10 voxels along x, shifted by 4, so 2D images one voxel high: all voxels are surface.
+    a, b = cube((1, 20), (0, 0), (1, 10)), cube((1, 20), (0, 4), (1, 14))
+    result = mask_metrics(a, b, (1.0, 2.0))
+    assert result["dice"] == pytest.approx(12 / 20)
+    assert result["jaccard"] == pytest.approx(6 / 14)
+    # Distances of each line's voxels to the other: 4, 3, 2, 1 voxels outside, 0 for the 6 inside; 2 mm each.
+    assert result["asd"] == pytest.approx(2 * (4 + 3 + 2 + 1) / 10)
+    assert result["hd95"] == pytest.approx(2 * np.quantile([4, 3, 2, 1] + [0] * 6, 0.95))
+
+
+def test_concentric_spheres_are_their_difference_of_radii_apart():
+    shape, centre = (61, 61, 61), (30, 30, 30)
+    result = mask_metrics(ellipsoid(shape, centre, (20,) * 3), ellipsoid(shape, centre, (26,) * 3), (1.0, 1.0, 1.0))
+    # The digital surface of either sphere is at most one voxel diagonal off the ideal one.
+    assert abs(result["asd"] - 6) < 0.5
+    assert abs(result["hd95"] - 6) < 1
+    volume = (20 / 26) ** 3
+    assert result["dice"] == pytest.approx(2 * volume / (1 + volume), abs=0.005)
+
+
+def test_result_does_not_depend_on_what_surrounds_the_masks():
+    a, b = ellipsoid((20, 30, 30), (9, 14, 15), (5, 8, 9)), ellipsoid((20, 30, 30), (10, 16, 15), (5, 9, 8))
+    padded = [np.pad(m, ((4, 9), (20, 3), (1, 17))) for m in (a, b)]
+    assert mask_metrics(*padded, SPACING) == mask_metrics(a, b, SPACING)
+
+
+def test_swapping_prediction_and_reference_changes_nothing():
+    a, b = cube((20, 30, 30), (3, 4, 5), (12, 20, 21)), ellipsoid((20, 30, 30), (10, 16, 15), (5, 9, 8))
+    assert mask_metrics(a, b, SPACING) == pytest.approx(mask_metrics(b, a, SPACING))
+
+
+def test_hd95_agrees_with_surface_distance_package():
+    surface_distance = pytest.importorskip("surface_distance")
+    # Isotropic and smooth, where the two definitions of a surface must agree to within a voxel's diagonal.
+    shape = (48, 48, 48)
+    for other in (((24, 24, 30), (15, 11, 12)), ((20, 28, 25), (9, 14, 17))):
+        a, b = ellipsoid(shape, (24, 24, 24), (14, 12, 13)), ellipsoid(shape, *other)
+        distances = surface_distance.compute_surface_distances(b, a, (1.0, 1.0, 1.0))
+        oracle = surface_distance.compute_robust_hausdorff(distances, 95)
+        assert abs(mask_metrics(a, b, (1.0, 1.0, 1.0))["hd95"] - oracle) < 1
+        assert oracle > 3  # the comparison means nothing for surfaces that coincide
+
+
+def test_both_empty_is_nan_everywhere():
+    empty = np.zeros((5, 6, 7), dtype=bool)
+    assert all(math.isnan(v) for v in mask_metrics(empty, empty, SPACING).values())
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_one_empty_is_dice_zero_and_undefined_surface(swap):
+    masks = [np.zeros((5, 6, 7), dtype=bool), cube((5, 6, 7), (1, 1, 1), (3, 3, 3))]
+    result = mask_metrics(*(masks[::-1] if swap else masks), SPACING)
+    assert result["dice"] == 0 and result["jaccard"] == 0
+    assert math.isnan(result["hd95"]) and math.isnan(result["asd"])
+
+
+def test_ignored_voxels_count_for_nothing():
+    reference = cube((8, 8, 8), (2, 2, 2), (6, 6, 6)).astype(np.uint8)
+    prediction = reference.copy()
+    prediction[:, :, 7] = 1
+    assert case_metrics(prediction, reference, SPACING, {"a": 1})["a"]["dice"] < 1
+    reference[:, :, 7] = 9
+    result = case_metrics(prediction, reference, SPACING, {"a": 1, "ignore": 9}, ignore_label=9)
+    assert result == {"a": {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0}}
+
+
+def test_regions_unite_their_labels_and_background_is_skipped():
+    reference = np.zeros((6, 6), dtype=np.uint8)
+    reference[1:3], reference[3:5] = 1, 2
+    prediction = np.where(reference > 0, 1, 0)
+    result = case_metrics(prediction, reference, (1.0, 1.0), {"background": 0, "whole": (1, 2), "core": [2]})
+    assert set(result) == {"whole", "core"}
+    assert result["whole"]["dice"] == 1 and result["core"]["dice"] == 0
+
+
+def write(folder, case, array, spacing=SPACING):
+    folder.mkdir(exist_ok=True)
+    image = sitk.GetImageFromArray(array.astype(np.uint8))
+    image.SetSpacing(tuple(reversed(spacing)))
+    sitk.WriteImage(image, str(folder / f"{case}.nii.gz"))
+
+
+def test_folder_uses_the_spacing_of_the_files_and_counts_empty_cases(tmp_path):
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    planes = np.zeros((2, 12, 13, 14))
+    planes[0, 2], planes[1, 5] = 1, 1
+    empty = np.zeros((12, 13, 14))
+    for case, p, r in (("shifted", *planes), ("nothing", empty, empty), ("missed", empty, planes[0])):
+        write(pred, case, p)
+        write(ref, case, r)
+    write(ref, "not_predicted", planes[0])
+    report = evaluate_folder(pred, ref, {"background": 0, "plane": 1})
+    assert sorted(report["cases"]) == ["missed", "nothing", "shifted"]
+    mean = report["mean"]["plane"]
+    assert (mean["cases"], mean["both_empty"], mean["surface_undefined"]) == (3, 1, 1)
+    assert mean["dice"] == 0
+    assert mean["hd95"] == pytest.approx(3 * SPACING[0])
+    save_report(report, tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert read == json_ready(report) and read["cases"]["nothing"]["plane"]["dice"] is None
+
+
+def test_folder_errors_name_the_file(tmp_path):
+    pred, ref = tmp_path / "pred", tmp_path / "ref"
+    write(pred, "a", np.zeros((4, 5, 6)))
+    with pytest.raises(FileNotFoundError, match="no reference .*a.nii.gz"):
+        ref.mkdir()
+        evaluate_folder(pred, ref, {"x": 1})
+    write(ref, "a", np.zeros((4, 5, 6)), spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="geometry"):
+        evaluate_folder(pred, ref, {"x": 1})
+    with pytest.raises(FileNotFoundError, match="no prediction .*b.nii.gz"):
+        evaluate_folder(pred, ref, {"x": 1}, cases=["b"])
+    with pytest.raises(FileNotFoundError, match="nothing to evaluate"):
+        evaluate_folder(ref, ref, {"x": 1}, file_ending=".mha")

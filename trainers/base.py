@@ -1,0 +1,258 @@
+"""Base of the methods' trainers: losses by name, safe checkpoints, an optional EMA teacher; all else is nnU-Net's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, autocast, nn
+
+from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_atomically
+from nnunet_diffext.diffusion import LabelSpace
+from nnunet_diffext.losses.segmentation import dice_ce_loss
+from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.settings import PLANS_KEY
+from nnunet_diffext.trainers.configured import ConfiguredTrainer
+
+LABELS_KEY = "label_space"
+MAX_BAD_STEPS = 50
+"""Consecutive steps with non-finite gradients after which a training is given up."""
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether oneDNN has native bfloat16 instructions here (AVX512-BF16, AMX); emulation would be slower than fp32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class DiffextTrainer(ConfiguredTrainer):
+    """A method implements :meth:`compute_losses`, ``build_network_architecture`` and, if they differ from 1, loss weights."""
+
+    reference: ClassVar[str] = ""
+    """Citation printed into the training log."""
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+        self.teacher: nn.Module | None = None
+        self.bad_steps = self.bad_steps_in_a_row = 0
+        labels = self.label_manager
+        self.label_space = LabelSpace(labels.num_segmentation_heads, labels.has_regions, labels.ignore_label)
+        self.plans_manager.plans[PLANS_KEY][LABELS_KEY] = {
+            "num_heads": self.label_space.num_heads,
+            "regions": self.label_space.regions,
+            "ignore_label": self.label_space.ignore_label,
+        }
+        if self.reference:
+            self.print_to_log_file(f"Please also cite: {self.reference}\n", add_timestamp=False)
+
+    # ------------------------------------------------------------------ what a method implements
+    def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Scalar losses by name for one batch, already on the device. Every trainable parameter must be reached."""
+        raise NotImplementedError
+
+    def loss_weights(self) -> Mapping[str, float]:
+        """Weight of each loss in the sum; 1 for names that are not listed."""
+        return {}
+
+    # ------------------------------------------------------------------ building
+    @classmethod
+    def read_plans(cls, plans_manager: Any, configuration_manager: Any) -> tuple[Any, LabelSpace, Architecture]:
+        """Settings, label space and architecture, all that ``build_network_architecture`` may rely on."""
+        blocks = plans_manager.plans.get(PLANS_KEY, {})
+        if LABELS_KEY not in blocks:
+            raise ValueError(
+                f"The plans hold no '{PLANS_KEY}.{LABELS_KEY}' block, so they were not written by a {cls.base_name} training. "
+                "Use the plans.json inside the model folder."
+            )
+        architecture = Architecture.from_plans(
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+        )
+        return cls.Settings.resolve(blocks.get(cls.base_name), {}), LabelSpace(**blocks[LABELS_KEY]), architecture
+
+    def initialize(self) -> None:
+        """nnU-Net's initialisation, after the checks that must not cost the user any training time."""
+        if not self.was_initialized:
+            Architecture.from_plans(
+                self.configuration_manager.network_arch_class_name,
+                self.configuration_manager.network_arch_init_kwargs,
+                self.configuration_manager.network_arch_init_kwargs_req_import,
+            ).check_patch(self.configuration_manager.patch_size)
+        super().initialize()
+
+    def _do_i_compile(self) -> bool:
+        # forward draws noise and returns tuples: torch.compile would recompile at every change of mode
+        return False
+
+    def _build_loss(self) -> Any:
+        """Loss of the online validation (nnU-Net's ``validation_step``): the same Dice + CE that trains the network."""
+        return self.segmentation_loss_on_target
+
+    def segmentation_loss_on_target(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``L_seg`` against an nnU-Net target ``(B, 1 or R, *)``."""
+        onehot, valid = self.label_space.encode(target)
+        return self.segmentation_loss(logits, onehot, valid)
+
+    def segmentation_loss(self, logits: Tensor, onehot: Tensor, weight: Tensor) -> Tensor:
+        """``L_seg`` with this configuration's ``batch_dice``; arguments as :func:`dice_ce_loss`."""
+        return dice_ce_loss(
+            logits, onehot, weight,
+            regions=self.label_space.regions, batch_dice=self.configuration_manager.batch_dice,
+        )  # fmt: skip
+
+    @property
+    def module(self) -> nn.Module:
+        """The network without its DDP wrapper."""
+        return self.network.module if self.is_ddp else self.network
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """The networks of this package have no deep supervision."""
+
+    # ------------------------------------------------------------------ training
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the tensors of a batch to the training device."""
+        return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def autocast(self) -> Any:
+        """Mixed precision: as in nnU-Net on CUDA, bfloat16 on CPUs that compute it natively, none elsewhere."""
+        if self.device.type == "cuda":
+            return autocast("cuda", enabled=True)
+        if self.device.type == "cpu" and self.settings.cpu_bfloat16 and cpu_computes_bfloat16():
+            return autocast("cpu", dtype=torch.bfloat16)
+        return dummy_context()
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimisation step on the weighted sum of the losses; a step with non-finite gradients is skipped."""
+        batch = self.on_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            losses = self.compute_losses(batch)
+        weights = self.loss_weights()
+        total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+
+        scaler = self.grad_scaler
+        (scaler.scale(total) if scaler is not None else total).backward()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if scaler is not None:
+            scaler.step(self.optimizer)  # skips non-finite gradients itself
+            scaler.update()
+        elif torch.isfinite(norm):
+            self.optimizer.step()
+        self._count_bad_step(bool(torch.isfinite(norm)), losses)
+        self.update_teacher()
+        self._steps_this_epoch += 1
+        report = {name: loss.detach().float().cpu().numpy() for name, loss in losses.items()}
+        return {"loss": total.detach().float().cpu().numpy(), **report}
+
+    def _count_bad_step(self, finite: bool, losses: Mapping[str, Tensor]) -> None:
+        if finite:
+            self.bad_steps_in_a_row = 0
+            return
+        self.bad_steps += 1
+        self.bad_steps_in_a_row += 1
+        if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
+            values = {name: float(loss.detach()) for name, loss in losses.items()}
+            raise FloatingPointError(
+                f"{MAX_BAD_STEPS} steps in a row had non-finite gradients (losses of the last one: {values}). "
+                "Lower the learning rate (token lr1e-3) and check the images for extreme values; "
+                f"the last good checkpoint is in {self.output_folder}."
+            )
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """nnU-Net's logging, plus one curve per loss."""
+        super().on_train_epoch_end(train_outputs)
+        parts = {k: float(np.nanmean([o[k] for o in train_outputs])) for k in train_outputs[0] if k != "loss"}
+        for name, value in parts.items():
+            self._log(f"train_{name}", value)
+        self.print_to_log_file("losses", ", ".join(f"{k} {v:.4f}" for k, v in parts.items()))
+        if self.bad_steps:
+            self.print_to_log_file(f"WARNING: {self.bad_steps} steps with non-finite gradients were skipped so far.")
+
+    def _log(self, key: str, value: float) -> None:
+        """Log a key that nnU-Net's logger does not know; epochs before its first value are filled with NaN."""
+        curves = self.logger.local_logger.my_fantastic_logging
+        curves.setdefault(key, [float("nan")] * self.current_epoch)
+        self.logger.log(key, value, self.current_epoch)
+
+    # ------------------------------------------------------------------ EMA teacher
+    def start_teacher(self) -> nn.Module:
+        """A frozen copy of the network in eval mode. It lives outside ``self.network`` and never reaches the model folder's
+        ``network_weights``."""
+        self.teacher = deepcopy(self.module).eval().requires_grad_(False)
+        return self.teacher
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """``teacher = d * teacher + (1 - d) * student`` with a decay that grows to ``ema_decay`` (Tarvainen and Valpola 2017)."""
+        if self.teacher is None:
+            return
+        decay = min(1 - 1 / (self.global_step + 2), self.settings.ema_decay)
+        for mean, value in zip(self.teacher.state_dict().values(), self.module.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), 1 - decay)
+            else:
+                mean.copy_(value)
+
+    # ------------------------------------------------------------------ checkpoints
+    def extra_checkpoint(self) -> dict[str, Any]:
+        """What a resumed training needs beyond nnU-Net's checkpoint."""
+        extra: dict[str, Any] = {"diffext_bad_steps": self.bad_steps, "diffext_rng": torch.get_rng_state()}
+        if self.teacher is not None:
+            extra["diffext_teacher"] = self.teacher.state_dict()
+        return extra
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint plus ours, written atomically. A failed write costs a warning, except for the final one."""
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)  # type: ignore[arg-type]  # torch.save takes a file object as well
+        if not buffer.tell():
+            return  # not rank 0, or checkpointing is disabled
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # our own bytes
+        checkpoint.update(self.extra_checkpoint())
+        try:
+            write_atomically(checkpoint, filename)
+        except CheckpointError as error:
+            if filename.endswith("checkpoint_final.pth"):
+                raise
+            self.print_to_log_file(f"WARNING: {error} Training goes on.")
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Restore a training. The file is read without executing anything before nnU-Net reads it again."""
+        checkpoint = read_safely(filename_or_checkpoint)
+        self._check_same_network(checkpoint, filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.bad_steps = checkpoint.get("diffext_bad_steps", 0)
+        if "diffext_rng" in checkpoint:
+            torch.set_rng_state(checkpoint["diffext_rng"])
+        if "diffext_teacher" in checkpoint:
+            self.start_teacher().load_state_dict(checkpoint["diffext_teacher"])
+
+    def _check_same_network(self, checkpoint: Mapping[str, Any], filename: str) -> None:
+        if checkpoint.get("trainer_name") != self.__class__.__name__:
+            raise CheckpointError(
+                f"{filename} was written by {checkpoint.get('trainer_name')}, not by {self.__class__.__name__}. "
+                "Continue with the trainer name that started the training."
+            )
+
+    @property
+    def global_step(self) -> int:
+        """Number of finished training steps, in whole epochs before this one plus those of this epoch."""
+        return self.current_epoch * self.num_iterations_per_epoch + self._steps_this_epoch
+
+    def on_train_epoch_start(self) -> None:
+        """Reset the step counter of the epoch."""
+        self._steps_this_epoch = 0
+        super().on_train_epoch_start()
+
+    _steps_this_epoch = 0

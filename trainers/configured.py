@@ -1,0 +1,56 @@
+"""nnU-Net's trainer, configured by a settings dataclass and a variant name instead of a class per hyper-parameter."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_diffext.settings import PLANS_KEY, TrainingSettings
+
+
+class ConfiguredTrainer(nnUNetTrainer):
+    """Resolves the settings once and records them in the plans, which nnU-Net saves in the model folder."""
+
+    Settings: ClassVar[type[TrainingSettings]] = TrainingSettings
+    base_name: ClassVar[str] = ""
+    overrides: ClassVar[dict[str, Any]] = {}
+    """Field values that the variant name stands for (filled in by :func:`nnunet_diffext.trainers.find_trainer`)."""
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+    ) -> None:
+        blocks = plans.setdefault(PLANS_KEY, {})
+        self.settings = self.Settings.resolve(blocks.get(self.base_name), self.overrides)
+        blocks[self.base_name] = self.settings.as_dict()
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
+        s = self.settings
+        self.initial_lr, self.weight_decay = s.initial_lr, s.weight_decay
+        self.num_epochs, self.num_iterations_per_epoch = s.epochs, s.iterations
+        self.num_val_iterations_per_epoch = s.val_iterations
+        self.save_every = s.save_every
+        if s.seed is not None:
+            seed_everything(s.seed + self.local_rank)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """nnU-Net's SGD with polynomial decay, with the momentum of the settings."""
+        optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            self.initial_lr,
+            weight_decay=self.weight_decay,
+            momentum=self.settings.momentum,
+            nesterov=self.settings.momentum > 0,
+        )
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch in this process. nnU-Net's augmentation workers stay unseeded."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,239 @@
+"""DMED-Seg (Xun and Ku 2026): two experts, a fusion that weighs them, and unlabelled images, as an nnU-Net trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffext.data.mixing import exchange, random_cuboid
+from nnunet_diffext.losses.contrastive import inter_expert_alignment
+from nnunet_diffext.losses.schedules import gaussian_ramp
+from nnunet_diffext.networks.dmed import EXPERTS, FUSIONS, DMEDNet, DMEDOutput
+from nnunet_diffext.settings import TrainingSettings, setting
+from nnunet_diffext.trainers.semisupervised import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMEDSettings(TrainingSettings):
+    """Settings of :class:`DMEDSegTrainer`. "Paper" is Xun and Ku 2026, doi:10.20944/preprints202601.0942.v1."""
+
+    presets = {
+        "CEonly": ("convolutional expert alone, with SSL (Table 2, row 1)", {"experts": "ce", "lambda_iefa": 0.0}),
+        "DEonly": ("diffusion expert alone, with SSL (Table 2, row 2)", {"experts": "de", "lambda_iefa": 0.0}),
+        "fixedAverage": (
+            "average of the experts' predictions, no unlabelled loss (Table 2, row 3)",
+            {"fusion": "average", "lambda_cac": 0.0, "lambda_iefa": 0.0},
+        ),
+        "paper": (
+            "the paper's recipe: pseudo-labels without perturbation or teacher, features fused, SGD 0.9, 300 epochs",
+            {
+                "copy_paste": 0.0, "strong_intensity": False, "ema_decay": 0.0, "momentum": 0.9, "epochs": 300,
+                "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0,
+            },
+        ),
+    }  # fmt: skip
+
+    experts: str = setting("both", "which experts are built", choices=EXPERTS)
+    fusion: str = setting("transformer", "how the experts are fused (section 3.4)", choices=FUSIONS)
+    fuse_predictions: bool = setting(
+        True, "add the weighted expert logits to the read-out of the fused features", switches={"featuresOnly": False}
+    )
+    full_resolution_de: bool = setting(
+        True, "diffusion expert at full resolution, or from the second stage on", switches={"halfDE": False}
+    )
+    lambda_cac: float = setting(
+        1.0, "weight of confidence-aware consistency (eq. 5, Table 5)",
+        number="cac#", switches={"noCACL": 0.0}, minimum=0,
+    )  # fmt: skip
+    lambda_iefa: float = setting(
+        0.5, "weight of inter-expert feature alignment (eq. 5, Table 5)",
+        number="iefa#", switches={"noIEFA": 0.0}, minimum=0,
+    )  # fmt: skip
+    iefa_temperature: float = setting(0.1, "temperature of eq. 3", number="tau#", minimum=1e-3)
+    iefa_uncertain: bool = setting(
+        False, "weigh locations of eq. 3 by 1 - confidence ('particularly in uncertain regions')",
+        switches={"iefaUncertain": True},
+    )  # fmt: skip
+    confidence_threshold: float | None = setting(
+        None, "count only pseudo-labels of higher confidence, unweighted (section 3.5, alternative)",
+        number="threshold#", minimum=0, maximum=1,
+    )  # fmt: skip
+    ramp: float = setting(
+        0.25, "share of the training over which the consistency weight grows, exp(-5 (1 - t)^2)", number="ramp#", minimum=0
+    )
+    expert_supervision: float = setting(
+        0.5, "weight of the losses on P_DE and P_CE, which eq. 4 leaves without gradient",
+        number="expert#", switches={"eq4": 0.0}, minimum=0,
+    )  # fmt: skip
+    diffusion_weight: float = setting(
+        0.5, "weight of the diffusion loss on labelled images (x0-prediction at random t)",
+        number="diffusion#", switches={"TOnly": 0.0}, minimum=0,
+    )  # fmt: skip
+    recycle: bool = setting(
+        False, "noise the expert's own prediction instead of the label in the diffusion pass", switches={"recycle": True}
+    )
+    leaky: bool = setting(
+        False, "control: the fused path sees label-noised masks, so training leaks the label", switches={"leaky": True}
+    )
+    schedule: str = setting(
+        "cosine", "noise schedule of the diffusion expert", choices=("cosine", "linear"), switches={"linear": "linear"}
+    )
+    target_scale: float = setting(0.1, "b: clean masks are b (2 y - 1)", number="bscale#", minimum=1e-3)
+    copy_paste: float = setting(
+        2 / 3, "edge of the cuboid exchanged between labelled and unlabelled patches, relative to the patch",
+        number="copyPaste#", switches={"noCopyPaste": 0.0}, minimum=0, maximum=1,
+    )  # fmt: skip
+    strong_intensity: bool = setting(
+        True, "the student sees unlabelled patches with nnU-Net's intensity augmentation, the teacher without",
+        switches={"noStrong": False},
+    )  # fmt: skip
+    ema_decay: float = setting(
+        0.99, "decay of the EMA teacher that makes the pseudo-labels; 0: the network itself makes them",
+        number="ema#", switches={"noEMA": 0.0}, minimum=0, maximum=1,
+    )  # fmt: skip
+    labeled_percent: float | None = setting(
+        None, "use the labels of this share of the training cases only, the others' images are unlabelled (section 4.6)",
+        number="#percent", minimum=0, maximum=100,
+    )  # fmt: skip
+    cpu_bfloat16: bool = setting(
+        True, "mixed precision on CPUs that compute bfloat16 natively", switches={"fp32": False}
+    )
+    noise_seed: int = setting(0, "seed of the diffusion expert's noise at prediction", number="noise#", minimum=0)
+
+
+class DMEDSegTrainer(SemiSupervisedTrainer):
+    """Semi-supervised segmentation with a diffusion expert, a convolutional expert and a transformer that fuses them."""
+
+    Settings = DMEDSettings
+    base_name = "DMEDSegTrainer"
+    reference = (
+        "Xun, Z., Ku, Y. (2026). Dynamic Multi-Expert Diffusion Segmentation for Semi-Supervised 3D Medical Image "
+        "Segmentation. Preprints 202601.0942."
+    )
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """:class:`DMEDNet` from the plans alone, the same in training and at prediction."""
+        s, label_space, architecture = DMEDSegTrainer.read_plans(plans_manager, configuration_manager)
+        return DMEDNet(
+            architecture,
+            num_input_channels,
+            label_space,
+            experts=s.experts,
+            fusion=s.fusion,
+            fuse_predictions=s.fuse_predictions,
+            full_resolution_de=s.full_resolution_de,
+            embedding_channels=128 if s.lambda_iefa > 0 else 0,
+            schedule=s.schedule,
+            target_scale=s.target_scale,
+            noise_seed=s.noise_seed,
+        )
+
+    # ------------------------------------------------------------------ losses
+    def loss_weights(self) -> Mapping[str, float]:
+        """Eq. 5, with the ramp on the consistency terms and the terms that eq. 4 leaves out."""
+        s = self.settings
+        cac = s.lambda_cac * gaussian_ramp(self.progress, s.ramp)
+        return {
+            "sup_experts": s.expert_supervision,
+            "diffusion": s.diffusion_weight,
+            "cac": cac,
+            "cac_experts": cac * s.expert_supervision,
+            "iefa": s.lambda_iefa,
+        }
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        return self.global_step / (self.num_epochs * self.num_iterations_per_epoch)
+
+    def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``sup`` (eq. 4), ``cac`` (eq. 2), ``iefa`` (eq. 3), their counterparts on the experts, and ``diffusion``.
+
+        Labels and pseudo-labels share one target map; a voxel counts in ``sup`` or in ``cac``, by ``labeled`` or ``pseudo``.
+        """
+        s = self.settings
+        labeled_image = batch["data"]
+        clean, valid = self.label_space.encode(batch["target"])
+        valid = valid.to(clean.dtype)
+        image, target, labeled, pseudo = labeled_image, clean, valid, None
+        if "unlabeled" in batch and (s.lambda_cac > 0 or s.lambda_iefa > 0):
+            image, target, labeled, pseudo = self.with_unlabeled(labeled_image, clean, valid, batch["unlabeled"])
+
+        diffusion = {"clean": clean, "clean_image": labeled_image, "recycle": s.recycle} if s.diffusion_weight > 0 else {}
+        out: DMEDOutput = self.network(image, leaky=target if s.leaky else None, **diffusion)
+
+        losses = {"sup": self.segmentation_loss(out.fused, target, labeled)}
+        losses["sup_experts"] = self.expert_losses(out, target, labeled)
+        if pseudo is not None and s.lambda_cac > 0:
+            losses["cac"] = self.segmentation_loss(out.fused, target, pseudo)
+            losses["cac_experts"] = self.expert_losses(out, target, pseudo)
+        if out.embeddings is not None:
+            weight = self.uncertainty_at(out) if s.iefa_uncertain else None
+            losses["iefa"] = inter_expert_alignment(*out.embeddings, temperature=s.iefa_temperature, weight=weight)
+        if out.denoised is not None:
+            losses["diffusion"] = self.segmentation_loss(out.denoised, clean, valid)
+        return losses
+
+    def expert_losses(self, out: DMEDOutput, target: Tensor, weight: Tensor) -> Tensor:
+        """Sum of ``L_seg`` over the experts' own predictions; with one expert that is the fused one, and counts once."""
+        if out.de is None or out.ce is None:
+            return out.fused.new_zeros(())
+        return self.segmentation_loss(out.de, target, weight) + self.segmentation_loss(out.ce, target, weight)
+
+    def with_unlabeled(
+        self, image: Tensor, clean: Tensor, valid: Tensor, unlabeled: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Student images, targets, and the weights of labelled and pseudo-labelled voxels, all with ``2 B`` samples."""
+        s = self.settings
+        weak, strong = self.views(unlabeled)
+        pseudo_onehot, confidence = self.pseudo_labels(weak)
+        student = strong if s.strong_intensity else weak
+        if s.copy_paste > 0 and s.lambda_cac > 0:
+            mask = random_cuboid(len(image), image.shape[2:], s.copy_paste, image.device)
+        else:
+            mask = torch.ones_like(valid)
+        nothing = torch.zeros_like(valid)
+        return (
+            exchange(image, student, mask),
+            exchange(clean, pseudo_onehot.to(clean.dtype), mask),
+            exchange(valid, nothing, mask),
+            exchange(nothing, confidence.to(valid.dtype), mask),
+        )
+
+    @torch.no_grad()
+    def pseudo_labels(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels ``argmax P_DFM`` ``(B, K, *)`` and confidence ``1 - H / log K`` ``(B, 1, *)`` (section 3.5), detached.
+
+        With a threshold, confidence is 1 above and 0 below it.
+        """
+        s = self.settings
+        if s.ema_decay > 0:
+            maker = self.teacher or self.start_teacher()
+            logits = maker(image)
+        else:
+            self.module.eval()
+            logits = self.module(image)
+            self.module.train()
+        probabilities = self.label_space.probabilities(logits)
+        confidence = 1 - self.label_space.normalized_entropy(probabilities)
+        if s.confidence_threshold is not None:
+            confidence = (confidence > s.confidence_threshold).to(confidence.dtype)
+        return self.label_space.harden(probabilities), confidence
+
+    @torch.no_grad()
+    def uncertainty_at(self, out: DMEDOutput) -> Tensor:
+        """``1 - confidence`` of the fused prediction, ``(B, 1, *)``, pooled to the grid of the embeddings."""
+        entropy = self.label_space.normalized_entropy(self.label_space.probabilities(out.fused))
+        pool = nn.functional.adaptive_avg_pool3d if entropy.ndim == 5 else nn.functional.adaptive_avg_pool2d
+        return pool(entropy, out.embeddings[0].shape[2:])

@@ -1,0 +1,112 @@
+"""Unlabelled images for nnU-Net's training loop: which cases they are, and a second stream of patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor
+
+from nnunet_diffext.data.loaders import PairedLoader, augmenter
+from nnunet_diffext.data.pool import UnlabeledDataset, UnlabeledPool, entirely_ignored, find_unlabeled
+from nnunet_diffext.data.splits import Split, keep_labeled_percent, load_split
+from nnunet_diffext.data.transforms import TwoViews
+from nnunet_diffext.trainers.base import DiffextTrainer
+
+
+class SemiSupervisedTrainer(DiffextTrainer):
+    """Adds ``batch["unlabeled"]`` ``(B, 2 C, *patch)``: a weak and a strong view of as many unlabelled patches.
+
+    The settings of a subclass hold ``labeled_percent``. Labels of unlabelled cases are never read.
+    """
+
+    _splits: tuple[Split, UnlabeledPool] | None = None
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, without the training cases that count as unlabelled."""
+        train, val = super().do_split()
+        split, _ = self._find_splits(train, val)
+        return list(split.train), list(val)
+
+    def _find_splits(self, train: list[str], val: list[str]) -> tuple[Split, UnlabeledPool]:
+        if self._splits is not None:
+            return self._splits
+        from_file = None
+        if self.fold != "all":
+            from_file = load_split(self.preprocessed_dataset_folder_base, self.fold)
+        split = from_file or Split(tuple(train), tuple(val))
+        if self.settings.labeled_percent is not None:
+            split = keep_labeled_percent(split, self.settings.labeled_percent)
+        ignored = entirely_ignored(self.preprocessed_dataset_folder, split.train, self.label_manager)
+        split = Split(tuple(i for i in split.train if i not in ignored), split.val, split.unlabeled)
+        if not split.train:
+            raise ValueError(
+                f"Fold {self.fold} of {self.plans_manager.dataset_name} has no labelled training case: "
+                f"{len(ignored)} hold the ignore label only. Annotate at least one case, or change splits_final.json."
+            )
+        pool = find_unlabeled(
+            self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier,
+            split if from_file is not None else None, self.fold,
+            ignored=ignored, cascade_folder=self.folder_with_segs_from_previous_stage,
+        )  # fmt: skip
+        self._splits = split, pool
+        self._say_what_is_used(split, pool, len(ignored))
+        return self._splits
+
+    def _say_what_is_used(self, split: Split, pool: UnlabeledPool, ignored: int) -> None:
+        self.print_to_log_file(
+            f"{len(split.train)} labelled and {len(pool.cases)} unlabelled training cases ({ignored} of them hold the ignore "
+            "label only)."
+        )
+        if pool.without_previous_stage:
+            self.print_to_log_file(
+                f"{len(pool.without_previous_stage)} unlabelled cases are left out: the previous stage of the cascade has not "
+                f"segmented them into {self.folder_with_segs_from_previous_stage}."
+            )
+        if not pool.cases:
+            self.print_to_log_file(
+                "No unlabelled images: the training is supervised. Put images into imagesTu/ and run "
+                "'nnunet_diffext preprocess_unlabeled', or move labelled cases with 'nnunet_diffext split'."
+            )
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders; the training one also yields unlabelled patches if there are any."""
+        train, val = super().get_dataloaders()
+        _, pool = self._find_splits([], [])
+        if not pool.cases:
+            return train, val
+        num_processes = get_allowed_n_proc_DA()
+        unlabeled = augmenter(
+            self._unlabeled_loader(pool), num_processes and max(1, num_processes // 2), self.device.type == "cuda"
+        )
+        return PairedLoader(train, unlabeled), val
+
+    def _unlabeled_loader(self, pool: UnlabeledPool) -> nnUNetDataLoader:
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        configuration = self.configuration_manager
+        transforms = self.get_training_transforms(
+            configuration.patch_size, rotation, None, mirror_axes, dummy_2d,
+            use_mask_for_norm=configuration.use_mask_for_norm,
+            is_cascaded=self.is_cascaded, foreground_labels=self.label_manager.foreground_labels,
+        )  # fmt: skip
+        dataset = UnlabeledDataset(pool.cases, self.folder_with_segs_from_previous_stage)
+        return nnUNetDataLoader(
+            dataset, self.batch_size, initial_patch_size, configuration.patch_size, self.label_manager,
+            oversample_foreground_percent=0.0, transforms=TwoViews(transforms),
+        )  # fmt: skip
+
+    @staticmethod
+    def views(unlabeled: Tensor) -> tuple[Tensor, Tensor]:
+        """Weak and strong view ``(B, C, *patch)`` of ``batch["unlabeled"]``."""
+        weak, strong = unlabeled.chunk(2, dim=1)
+        return weak, strong
+
+    def on_train_end(self) -> None:
+        """Also stop the workers of the unlabelled stream."""
+        if isinstance(self.dataloader_train, PairedLoader):
+            paired, self.dataloader_train = self.dataloader_train, None
+            paired.finish()
+        super().on_train_end()
