@@ -16,7 +16,7 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write to a temporary file beside ``path``, flush it to disk, then rename: a kill at any moment leaves a whole file.
+    """Write beside ``path``, flush to disk, then rename: a kill at any moment leaves a whole file.
 
     Raises:
         CheckpointError: if the disk is full or the folder not writable; an older file at ``path`` is untouched.
@@ -32,7 +32,9 @@ def write_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
         temporary.unlink(missing_ok=True)
         kept = "The previous version is still in place." if path.exists() else "No older version exists."
-        raise CheckpointError(f"Could not write {path}: {error}. Free disk space or check permissions. {kept}") from error
+        raise CheckpointError(
+            f"Could not write {path}: {error}. Free disk space or check permissions. {kept}"
+        ) from error
 
 
 def read_safely(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -52,7 +54,9 @@ def read_safely(path: str | Path, map_location: str | torch.device = "cpu") -> d
             f"{path} is not a plain checkpoint and was not loaded, because reading it could run code: {error}"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or incomplete ({error}). Use another checkpoint of this folder.") from error
+        raise CheckpointError(
+            f"{path} is damaged or incomplete ({error}). Use another checkpoint of this folder."
+        ) from error
 
 
 def _numpy_globals() -> list[Any]:

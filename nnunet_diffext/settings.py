@@ -1,9 +1,9 @@
 """Settings of a training: one frozen dataclass per method, one documented field per choice.
 
-A field is declared with :func:`setting`, which ties the value to its documentation (equation or table of the paper) and to
-the variant tokens that change it (see :mod:`nnunet_diffext.variants`). Values are resolved once, when a trainer starts:
-``defaults <- plans["diffext"][<trainer>] <- variant name``; the result is written back to the plans, which nnU-Net copies into
-the model folder and hands to ``build_network_architecture`` at prediction.
+A field is declared with :func:`setting`, which ties the value to its documentation (equation or table of the paper) and
+to the variant tokens that change it (see :mod:`nnunet_diffext.variants`). Values are resolved once, when a trainer
+starts: ``defaults <- plans["diffext"][<trainer>] <- variant name``; the result is written back to the plans, which
+nnU-Net copies into the model folder and hands to ``build_network_architecture`` at prediction.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class TrainingSettings:
     epochs: int = setting(1000, "number of epochs", number="#epochs", minimum=1)
     iterations: int = setting(250, "training iterations per epoch", number="#iters", minimum=1)
     val_iterations: int = setting(50, "iterations of the online validation per epoch", number="#valiters", minimum=1)
-    initial_lr: float = setting(1e-2, "initial learning rate, decayed polynomially (power 0.9)", number="lr#", minimum=0)
+    initial_lr: float = setting(1e-2, "initial learning rate, decayed with power 0.9", number="lr#", minimum=0)
     weight_decay: float = setting(3e-5, "weight decay of SGD", number="wd#", minimum=0)
     momentum: float = setting(0.99, "Nesterov momentum of SGD", number="momentum#", minimum=0, maximum=1)
     save_every: int = setting(50, "epochs between two writes of checkpoint_latest.pth", number="save#", minimum=1)
     seed: int | None = setting(
-        None, "seed of initialisation, noise and sampling; data order still depends on the worker processes", number="seed#"
+        None, "seed of initialisation and noise; data order still depends on the workers", number="seed#"
     )
 
     def __post_init__(self) -> None:
@@ -83,13 +83,27 @@ class TrainingSettings:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise SettingsError(
-                f"Unknown setting(s) {unknown} in the plans' '{PLANS_KEY}' block for {cls.__name__}. Known: {', '.join(known)}."
+                f"Unknown setting(s) {unknown} in the plans' '{PLANS_KEY}' block for {cls.__name__}. "
+                f"Known: {', '.join(known)}."
             )
         return cls(**{**values, **from_name})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionary, as stored in the plans."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings(TrainingSettings):
+    """What the trainers of the methods add to the stock trainer's settings."""
+
+    ema_decay: float = setting(
+        0.99, "decay of the exponential moving average of the weights (teacher); 0: none",
+        number="ema#", switches={"noEMA": 0.0}, minimum=0, maximum=1,
+    )  # fmt: skip
+    cpu_bfloat16: bool = setting(
+        True, "mixed precision on CPUs that compute bfloat16 natively", switches={"fp32": False}
+    )
 
 
 def default_of(f: Field) -> Any:

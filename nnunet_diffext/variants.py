@@ -1,8 +1,9 @@
 """Variant names: ``DMEDSegTrainer_noCACL_50epochs`` = base trainer + ``_``-joined tokens.
 
-The full name is the class name, hence the name of the result folder and of the trainer in the checkpoint: an override is
-always recorded. Tokens come from the fields of the method's settings (:func:`nnunet_diffext.settings.setting`) and from its
-presets. Numbers are written without a dot, because Python pickles classes by dotted name: ``cac0p5`` is 0.5, ``lr1e-3`` 0.001.
+The full name is the class name, hence the name of the result folder and of the trainer in the checkpoint: an override
+is always recorded. Tokens come from the fields of the method's settings (:func:`nnunet_diffext.settings.setting`) and
+from its presets. Numbers are written without a dot, because Python pickles classes by dotted name: ``cac0p5`` is 0.5,
+``lr1e-3`` 0.001.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def parse_tokens(settings: type[TrainingSettings], tokens: Iterable[str], name: 
         field_name, value = _match_field(settings, token, name)
         if field_name in explicit and explicit[field_name][1] != value:
             raise SettingsError(
-                f"Tokens '{explicit[field_name][0]}' and '{token}' of '{name}' both set '{field_name}'. Keep one of them."
+                f"Tokens '{explicit[field_name][0]}' and '{token}' of '{name}' both set '{field_name}'. Keep one."
             )
         explicit[field_name] = (token, value)
     values.update({k: v for k, (_, v) in explicit.items()})

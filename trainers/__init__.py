@@ -1,4 +1,4 @@
-"""The trainers, found by name. ``nnunet_diffext.trainers.DMEDSegTrainer_noCACL_50epochs`` makes that class on demand (PEP 562)."""
+"""The trainers, found by name: ``nnunet_diffext.trainers.DMEDSegTrainer_noCACL`` is made on demand (PEP 562)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.segmentation import dice_ce_loss
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.settings import PLANS_KEY
-from nnunet_diffext.trainers.configured import ConfiguredTrainer
+from nnunet_diffext.trainers.configured import CUDA, ConfiguredTrainer
 
 LABELS_KEY = "label_space"
 MAX_BAD_STEPS = 50
@@ -30,13 +30,13 @@ def cpu_computes_bfloat16() -> bool:
 
 
 class DiffextTrainer(ConfiguredTrainer):
-    """A method implements :meth:`compute_losses`, ``build_network_architecture`` and, if they differ from 1, loss weights."""
+    """A method implements :meth:`compute_losses`, :meth:`loss_weights` and ``build_network_architecture``."""
 
     reference: ClassVar[str] = ""
     """Citation printed into the training log."""
 
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
@@ -68,7 +68,7 @@ class DiffextTrainer(ConfiguredTrainer):
         blocks = plans_manager.plans.get(PLANS_KEY, {})
         if LABELS_KEY not in blocks:
             raise ValueError(
-                f"The plans hold no '{PLANS_KEY}.{LABELS_KEY}' block, so they were not written by a {cls.base_name} training. "
+                f"The plans hold no '{PLANS_KEY}.{LABELS_KEY}' block: no {cls.base_name} training wrote them. "
                 "Use the plans.json inside the model folder."
             )
         architecture = Architecture.from_plans(
@@ -186,14 +186,13 @@ class DiffextTrainer(ConfiguredTrainer):
 
     # ------------------------------------------------------------------ EMA teacher
     def start_teacher(self) -> nn.Module:
-        """A frozen copy of the network in eval mode. It lives outside ``self.network`` and never reaches the model folder's
-        ``network_weights``."""
+        """A frozen copy of the network in eval mode, outside ``self.network`` and its ``network_weights``."""
         self.teacher = deepcopy(self.module).eval().requires_grad_(False)
         return self.teacher
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """``teacher = d * teacher + (1 - d) * student`` with a decay that grows to ``ema_decay`` (Tarvainen and Valpola 2017)."""
+        """``teacher = d teacher + (1 - d) student``, d growing to ``ema_decay`` (Tarvainen and Valpola 2017)."""
         if self.teacher is None:
             return
         decay = min(1 - 1 / (self.global_step + 2), self.settings.ema_decay)
@@ -212,7 +211,7 @@ class DiffextTrainer(ConfiguredTrainer):
         return extra
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint plus ours, written atomically. A failed write costs a warning, except for the final one."""
+        """nnU-Net's checkpoint plus ours, written atomically. Only a failed final write ends the training."""
         buffer = io.BytesIO()
         super().save_checkpoint(buffer)  # type: ignore[arg-type]  # torch.save takes a file object as well
         if not buffer.tell():

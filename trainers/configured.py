@@ -12,6 +12,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffext.settings import PLANS_KEY, TrainingSettings
 
+CUDA = torch.device("cuda")
+
 
 class ConfiguredTrainer(nnUNetTrainer):
     """Resolves the settings once and records them in the plans, which nnU-Net saves in the model folder."""
@@ -22,7 +24,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     """Field values that the variant name stands for (filled in by :func:`nnunet_diffext.trainers.find_trainer`)."""
 
     def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device("cuda")
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         blocks = plans.setdefault(PLANS_KEY, {})
         self.settings = self.Settings.resolve(blocks.get(self.base_name), self.overrides)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffext.data.mixing import exchange, random_cuboid
+from nnunet_diffext.data.mixing import paste, random_cuboid
 from nnunet_diffext.losses.contrastive import inter_expert_alignment
 from nnunet_diffext.losses.schedules import gaussian_ramp
 from nnunet_diffext.networks.dmed import EXPERTS, FUSIONS, DMEDNet, DMEDOutput
-from nnunet_diffext.settings import TrainingSettings, setting
+from nnunet_diffext.settings import MethodSettings, setting
 from nnunet_diffext.trainers.semisupervised import SemiSupervisedTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMEDSettings(TrainingSettings):
+class DMEDSettings(MethodSettings):
     """Settings of :class:`DMEDSegTrainer`. "Paper" is Xun and Ku 2026, doi:10.20944/preprints202601.0942.v1."""
 
     presets = {
@@ -63,7 +63,7 @@ class DMEDSettings(TrainingSettings):
         number="threshold#", minimum=0, maximum=1,
     )  # fmt: skip
     ramp: float = setting(
-        0.25, "share of the training over which the consistency weight grows, exp(-5 (1 - t)^2)", number="ramp#", minimum=0
+        0.25, "share of the training over which lambda_cac grows, exp(-5 (1 - t)^2)", number="ramp#", minimum=0
     )
     expert_supervision: float = setting(
         0.5, "weight of the losses on P_DE and P_CE, which eq. 4 leaves without gradient",
@@ -74,7 +74,7 @@ class DMEDSettings(TrainingSettings):
         number="diffusion#", switches={"TOnly": 0.0}, minimum=0,
     )  # fmt: skip
     recycle: bool = setting(
-        False, "noise the expert's own prediction instead of the label in the diffusion pass", switches={"recycle": True}
+        False, "diffusion pass on the expert's own prediction instead of the label", switches={"recycle": True}
     )
     leaky: bool = setting(
         False, "control: the fused path sees label-noised masks, so training leaks the label", switches={"leaky": True}
@@ -87,26 +87,23 @@ class DMEDSettings(TrainingSettings):
         2 / 3, "edge of the cuboid exchanged between labelled and unlabelled patches, relative to the patch",
         number="copyPaste#", switches={"noCopyPaste": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
+    both_directions: bool = setting(
+        False, "copy-paste: train on both images of an exchange, twice the batch, instead of one of them per pair",
+        switches={"bothDirections": True},
+    )  # fmt: skip
     strong_intensity: bool = setting(
         True, "the student sees unlabelled patches with nnU-Net's intensity augmentation, the teacher without",
         switches={"noStrong": False},
-    )  # fmt: skip
-    ema_decay: float = setting(
-        0.99, "decay of the EMA teacher that makes the pseudo-labels; 0: the network itself makes them",
-        number="ema#", switches={"noEMA": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
     labeled_percent: float | None = setting(
         None, "use the labels of this share of the training cases only, the others' images are unlabelled (section 4.6)",
         number="#percent", minimum=0, maximum=100,
     )  # fmt: skip
-    cpu_bfloat16: bool = setting(
-        True, "mixed precision on CPUs that compute bfloat16 natively", switches={"fp32": False}
-    )
     noise_seed: int = setting(0, "seed of the diffusion expert's noise at prediction", number="noise#", minimum=0)
 
 
 class DMEDSegTrainer(SemiSupervisedTrainer):
-    """Semi-supervised segmentation with a diffusion expert, a convolutional expert and a transformer that fuses them."""
+    """A diffusion and a convolutional expert, fused by a transformer; learns from unlabelled images as well."""
 
     Settings = DMEDSettings
     base_name = "DMEDSegTrainer"
@@ -160,7 +157,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``sup`` (eq. 4), ``cac`` (eq. 2), ``iefa`` (eq. 3), their counterparts on the experts, and ``diffusion``.
 
-        Labels and pseudo-labels share one target map; a voxel counts in ``sup`` or in ``cac``, by ``labeled`` or ``pseudo``.
+        Labels and pseudo-labels share one target map; a voxel counts in ``sup`` or in ``cac``.
         """
         s = self.settings
         labeled_image = batch["data"]
@@ -170,7 +167,10 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         if "unlabeled" in batch and (s.lambda_cac > 0 or s.lambda_iefa > 0):
             image, target, labeled, pseudo = self.with_unlabeled(labeled_image, clean, valid, batch["unlabeled"])
 
-        diffusion = {"clean": clean, "clean_image": labeled_image, "recycle": s.recycle} if s.diffusion_weight > 0 else {}
+        diffusion = {}
+        if s.diffusion_weight > 0:
+            half = (len(labeled_image) + 1) // 2  # as many labels as a batch of the paper's holds: 2 of 4
+            diffusion = {"clean": clean[:half], "clean_image": labeled_image[:half], "recycle": s.recycle}
         out: DMEDOutput = self.network(image, leaky=target if s.leaky else None, **diffusion)
 
         losses = {"sup": self.segmentation_loss(out.fused, target, labeled)}
@@ -182,11 +182,12 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             weight = self.uncertainty_at(out) if s.iefa_uncertain else None
             losses["iefa"] = inter_expert_alignment(*out.embeddings, temperature=s.iefa_temperature, weight=weight)
         if out.denoised is not None:
-            losses["diffusion"] = self.segmentation_loss(out.denoised, clean, valid)
+            half = len(out.denoised)
+            losses["diffusion"] = self.segmentation_loss(out.denoised, clean[:half], valid[:half])
         return losses
 
     def expert_losses(self, out: DMEDOutput, target: Tensor, weight: Tensor) -> Tensor:
-        """Sum of ``L_seg`` over the experts' own predictions; with one expert that is the fused one, and counts once."""
+        """Sum of ``L_seg`` over both experts' own predictions; 0 for a single one, which is the fused one."""
         if out.de is None or out.ce is None:
             return out.fused.new_zeros(())
         return self.segmentation_loss(out.de, target, weight) + self.segmentation_loss(out.ce, target, weight)
@@ -194,33 +195,38 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
     def with_unlabeled(
         self, image: Tensor, clean: Tensor, valid: Tensor, unlabeled: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Student images, targets, and the weights of labelled and pseudo-labelled voxels, all with ``2 B`` samples."""
+        """Student images, targets, and the weights of labelled and pseudo-labelled voxels.
+
+        With copy-paste, ``B`` samples in which a cuboid of one image lies in the other (``2 B`` for both directions);
+        without, the ``B`` labelled images followed by the ``B`` unlabelled ones.
+        """
         s = self.settings
         weak, strong = self.views(unlabeled)
         pseudo_onehot, confidence = self.pseudo_labels(weak)
         student = strong if s.strong_intensity else weak
-        if s.copy_paste > 0 and s.lambda_cac > 0:
-            mask = random_cuboid(len(image), image.shape[2:], s.copy_paste, image.device)
-        else:
-            mask = torch.ones_like(valid)
         nothing = torch.zeros_like(valid)
-        return (
-            exchange(image, student, mask),
-            exchange(clean, pseudo_onehot.to(clean.dtype), mask),
-            exchange(valid, nothing, mask),
-            exchange(nothing, confidence.to(valid.dtype), mask),
-        )
+        pairs = (
+            (image, student), (clean, pseudo_onehot.to(clean.dtype)),
+            (valid, nothing), (nothing, confidence.to(valid.dtype)),
+        )  # fmt: skip
+        if s.copy_paste == 0 or s.lambda_cac == 0:
+            return tuple(torch.cat(pair) for pair in pairs)
+        mask = random_cuboid(len(image), image.shape[2:], s.copy_paste, image.device)
+        if s.both_directions:
+            return tuple(torch.cat([paste(a, b, mask), paste(b, a, mask)]) for a, b in pairs)
+        # every other mask is inverted, so that either image is the background as often
+        mask[int(torch.randint(2, ())) :: 2].neg_().add_(1)
+        return tuple(paste(a, b, mask) for a, b in pairs)
 
     @torch.no_grad()
     def pseudo_labels(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Pseudo-labels ``argmax P_DFM`` ``(B, K, *)`` and confidence ``1 - H / log K`` ``(B, 1, *)`` (section 3.5), detached.
+        """Pseudo-labels ``argmax P_DFM`` ``(B, K, *)`` and confidence ``1 - H / log K`` ``(B, 1, *)``, section 3.5.
 
         With a threshold, confidence is 1 above and 0 below it.
         """
         s = self.settings
         if s.ema_decay > 0:
-            maker = self.teacher or self.start_teacher()
-            logits = maker(image)
+            logits = (self.teacher or self.start_teacher())(image)
         else:
             self.module.eval()
             logits = self.module(image)

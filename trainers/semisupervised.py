@@ -56,12 +56,12 @@ class SemiSupervisedTrainer(DiffextTrainer):
 
     def _say_what_is_used(self, split: Split, pool: UnlabeledPool, ignored: int) -> None:
         self.print_to_log_file(
-            f"{len(split.train)} labelled and {len(pool.cases)} unlabelled training cases ({ignored} of them hold the ignore "
-            "label only)."
+            f"{len(split.train)} labelled and {len(pool.cases)} unlabelled training cases, {ignored} of which hold the "
+            "ignore label only."
         )
         if pool.without_previous_stage:
             self.print_to_log_file(
-                f"{len(pool.without_previous_stage)} unlabelled cases are left out: the previous stage of the cascade has not "
+                f"{len(pool.without_previous_stage)} unlabelled cases are left out: the cascade's previous stage has not "
                 f"segmented them into {self.folder_with_segs_from_previous_stage}."
             )
         if not pool.cases:

@@ -1,4 +1,4 @@
-"""``nnUNetTrainer_30epochs_100iters_seed1``: the stock trainer on another budget, recorded in name, plans and checkpoint.
+"""``nnUNetTrainer_30epochs_100iters_seed1``: the stock trainer on another budget, which its name records.
 
 This is the baseline to run beside every method: nothing but the numbers in the name differs from nnU-Net.
 """

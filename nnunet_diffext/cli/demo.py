@@ -12,9 +12,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``demo``."""
     parser = subparsers.add_parser(
         "demo",
-        description="Make a synthetic dataset with labelled, unlabelled and test volumes, train DMEDSegTrainer and "
-        "nnU-Net's own trainer on it with the stock commands, which are printed, predict and score the test volumes and "
-        "draw what the network trusted. About five minutes of training on two CPU cores. Everything stays in one folder.",
+        description="Make a synthetic dataset with labelled, unlabelled and test volumes; train DMEDSegTrainer and "
+        "nnU-Net's own trainer on it with the stock commands, which are printed; predict and score the test volumes; "
+        "draw what the network trusted. About five minutes of training on two CPU cores, everything in one folder.",
     )
     parser.add_argument("--out", type=Path, default=Path("nnunet_diffext_demo"), help="folder (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in that folder first")

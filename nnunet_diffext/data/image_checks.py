@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
@@ -96,7 +97,7 @@ def check_case(case: Case, reader: type[BaseReaderWriter], channel_names: Sequen
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             problems.append(f"{name}: cannot be read ({lines[-1] if lines else type(error).__name__})")
             continue
-        problems += [f"{name}: {p}" for p in _value_problems(data)]
+        problems += [f"{name}: {p}" for p in _value_problems(data if data.size == 0 else _raw_values(file, data))]
         geometry = _geometry(data, properties)
         if not np.all(np.isfinite(geometry["spacing"])) or np.any(np.asarray(geometry["spacing"]) <= 0):
             problems.append(f"{name}: spacing {geometry['spacing']} is not positive")
@@ -120,6 +121,14 @@ def check_case(case: Case, reader: type[BaseReaderWriter], channel_names: Sequen
             if not _same(geometry.get(key), first[key])
         ]
     return problems
+
+
+def _raw_values(file: str, data: np.ndarray) -> np.ndarray:
+    """Values in the file. ITK silently turns NaN and Inf in NIfTI files into 0, so those are looked at with nibabel."""
+    if not file.endswith((".nii", ".nii.gz")):
+        return data
+    image = nibabel.load(file)
+    return image.dataobj.get_unscaled() if image.get_data_dtype().kind == "f" else data
 
 
 def _value_problems(data: np.ndarray) -> list[str]:

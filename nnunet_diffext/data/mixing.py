@@ -1,4 +1,4 @@
-"""Bidirectional copy-paste between two batches (Bai et al., CVPR 2023): a strong perturbation with a known target."""
+"""Copy-paste between two batches (Bai et al., CVPR 2023): a strong perturbation with a known target."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random_cuboid(batch: int, patch: Sequence[int], fraction: float, device: tor
     return mask
 
 
-def exchange(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """``cat([a inside mask, b outside; b inside, a outside])`` along the batch: ``(2 B, *)`` from two ``(B, *)``."""
+def paste(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """``a`` where ``mask`` is 1, ``b`` where it is 0; ``(B, *)`` all."""
     mask = mask.to(a.dtype)
-    return torch.cat([mask * a + (1 - mask) * b, mask * b + (1 - mask) * a])
+    return mask * a + (1 - mask) * b

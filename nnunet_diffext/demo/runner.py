@@ -28,7 +28,7 @@ class DemoOptions:
 
     out: Path
     epochs: int = 12
-    iterations: int = 25
+    iterations: int = 50
     labeled: int = 6
     unlabeled: int = 16
     test: int = 4
@@ -64,16 +64,18 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
 
 
 def shrink_network(plans_file: Path) -> str:
-    """Divide the number of feature maps in the plans, for which nnU-Net has no option. Returns what was done."""
+    """Fewer features and a smaller patch in the plans, for which nnU-Net has no option. Returns what was done."""
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"][CONFIGURATION]
     arguments = configuration["architecture"]["arch_kwargs"]
     before = arguments["features_per_stage"]
     arguments["features_per_stage"] = [f // FEATURE_DIVISOR for f in before]
+    planned = configuration["patch_size"]
+    configuration["patch_size"] = [16, 48, 48]
     plans_file.write_text(json.dumps(plans, indent=4) + "\n")
     return (
-        f"edited {plans_file.name}: features_per_stage {before} -> {arguments['features_per_stage']}, so that it trains "
-        f"in minutes on a CPU (patch {configuration['patch_size']}, batch {configuration['batch_size']} as planned)"
+        f"edited {plans_file.name}: features_per_stage {before} -> {arguments['features_per_stage']}, "
+        f"patch {planned} -> {configuration['patch_size']}, so that it trains in minutes on a CPU"
     )
 
 
@@ -194,8 +196,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     o = summary["options"]
     return (
-        f"# nnunet_diffext demo\n\nMean Dice of {o['test']} test volumes. {o['labeled']} labelled volumes (fold 0 trains on "
-        f"four fifths of them), {o['unlabeled']} unlabelled ones that only DMED-Seg sees; "
+        f"# nnunet_diffext demo\n\nMean Dice of {o['test']} test volumes. {o['labeled']} labelled volumes, of "
+        f"which fold 0 trains on four fifths; {o['unlabeled']} unlabelled ones that only DMED-Seg sees; "
         f"{o['epochs']} x {o['iterations']} optimiser steps for each trainer, seed {o['seed']}.\n\n{table}\n\n"
         f"Synthetic data and one short run: this shows how things are done, not which method is better.\n\n"
         f"{summary['date']}, {summary['cpu']}, {summary['cores']} cores, "

@@ -12,8 +12,8 @@ def inter_expert_alignment(
 ) -> Tensor:
     """Symmetric InfoNCE between the same locations of two feature maps.
 
-    Eq. 3 leaves the positive pair out of its denominator, which makes it unbounded below; InfoNCE (van den Oord et al. 2018)
-    includes it. Negatives are the other sampled locations of the same image and of the other images.
+    Eq. 3 leaves the positive pair out of its denominator, which makes it unbounded below; InfoNCE (van den Oord et al.
+    2018) includes it. Negatives are the other sampled locations of the same image and of the other images.
 
     Args:
         a, b: features ``(B, E, *)`` of the two experts.

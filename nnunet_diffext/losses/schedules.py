@@ -6,7 +6,7 @@ import math
 
 
 def gaussian_ramp(progress: float, length: float) -> float:
-    """``exp(-5 (1 - p)^2)`` with ``p = progress / length`` clipped to [0, 1] (Laine and Aila 2017; DMED-Seg section 4.1).
+    """``exp(-5 (1 - p)^2)``, ``p = progress / length`` clipped to [0, 1] (Laine and Aila 2017; DMED-Seg 4.1).
 
     Args:
         progress: share of the training that is done, in [0, 1].

@@ -8,7 +8,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False) -> Tensor:
-    """Weighted mean of the voxel-wise (binary, for regions) cross-entropy, ``sum(w ce) / sum(w)``; 0 if no voxel counts.
+    """Weighted mean of the voxel-wise (regions: binary) cross-entropy, ``sum(w ce) / sum(w)``; 0 without weight.
 
     Args:
         logits: ``(B, K, *)``.
@@ -17,7 +17,8 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bo
         regions: heads are independent (sigmoid).
     """
     if regions:
-        voxelwise = binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").mean(1, keepdim=True)
+        voxelwise = binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+        voxelwise = voxelwise.mean(1, keepdim=True)
     else:
         voxelwise = -(target * log_softmax(logits.float(), dim=1)).sum(1, keepdim=True)
     return (weight * voxelwise).sum() / weight.sum().clamp_min(1e-5)
@@ -32,7 +33,7 @@ def soft_dice_loss(
     batch_dice: bool = False,
     smooth: float = 1e-5,
 ) -> Tensor:
-    """``1 - mean Dice``; the weight enters intersection and cardinalities alike. A sample without weight does not count.
+    """``1 - mean Dice``; the weight enters intersection and cardinalities. A sample without weight does not count.
 
     Args:
         probabilities, target: ``(B, K, *)``.
@@ -54,7 +55,9 @@ def soft_dice_loss(
     return ((1 - dice) * counts).sum() / counts.sum().clamp_min(1)
 
 
-def dice_ce_loss(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False, batch_dice: bool = False) -> Tensor:
+def dice_ce_loss(
+    logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False, batch_dice: bool = False
+) -> Tensor:
     """``L_seg``: Dice plus cross-entropy, 1:1 (DMED-Seg section 4.2), computed in fp32. 0 if no voxel has weight.
 
     Args:

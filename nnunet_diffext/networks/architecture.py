@@ -1,4 +1,4 @@
-"""What nnU-Net planned, as an object: the U-Net class and keyword arguments of a plans file, buildable and inspectable."""
+"""What nnU-Net planned, as an object: the U-Net class and keyword arguments of a plans file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Architecture:
 
     Args:
         network_class: class with ``encoder.stages`` and ``decoder.stages / transpconvs / seg_layers``.
-        kwargs: its constructor arguments, classes resolved, without ``input_channels``, ``num_classes``, ``deep_supervision``.
+        kwargs: its constructor arguments, classes resolved, but for ``input_channels``, ``num_classes`` and
+            ``deep_supervision``.
     """
 
     network_class: type[nn.Module]
@@ -71,7 +72,7 @@ class Architecture:
             )
 
     def coarser(self) -> Architecture:
-        """The same network without its finest stage: it starts at the resolution of the second stage, same channels there."""
+        """The same network without its finest stage: it starts at the resolution and width of the second one."""
         kwargs = dict(self.kwargs)
         for key in _PER_STAGE:
             if isinstance(kwargs.get(key), (list, tuple)):

@@ -20,8 +20,8 @@ FUSIONS = ("transformer", "average")
 class DMEDOutput(NamedTuple):
     """What the losses need. Logits are ``(B, K, *patch)``; absent parts are ``None``.
 
-    ``weights``: expert weights ``(B, 2, *)`` (DE, CE) per scale, finest first. ``embeddings``: the two experts' projected
-    deepest features ``(B, E, *)``. ``denoised``: logits of the diffusion pass on the labelled images.
+    ``weights``: expert weights ``(B, 2, *)`` (DE, CE) per scale, finest first. ``embeddings``: the two experts'
+    projected deepest features ``(B, E, *)``. ``denoised``: logits of the diffusion pass on the labelled images.
     """
 
     fused: Tensor
@@ -35,8 +35,9 @@ class DMEDOutput(NamedTuple):
 class DMEDNet(nn.Module):
     """Diffusion expert (DE) + convolutional expert (CE) + Dynamic Fusion Module (DFM), section 3.
 
-    The fused path always sees DE at ``t = T``, where ``y_T`` is pure noise: exactly what it sees at prediction, in one pass.
-    A mask noised to a random ``t`` gives the label away for most ``t``; it only enters the separate diffusion pass.
+    The fused path always sees DE at ``t = T``, where ``y_T`` is pure noise: exactly what it sees at prediction, in one
+    pass. A mask noised to a random ``t`` gives the label away for most ``t``; it only enters the separate diffusion
+    pass.
 
     Args:
         architecture: what nnU-Net planned; both experts are built from it.
@@ -74,6 +75,7 @@ class DMEDNet(nn.Module):
         self.noise_seed = noise_seed
         self.schedule = NoiseSchedule(schedule)
         self.mode = "trilinear" if architecture.conv_op is nn.Conv3d else "bilinear"
+        self._noise: tuple[tuple, Tensor] | None = None  # of the last patch size: drawing it takes longer than a pass
         both = experts == "both"
         de_plan = architecture if full_resolution_de else architecture.coarser()
         self.de = ConditionalUNet(de_plan, image_channels, k, k) if experts != "ce" else None
@@ -102,17 +104,19 @@ class DMEDNet(nn.Module):
 
         Args:
             image: ``(B, C, *patch)``.
-            clean: one-hot masks ``(L, K, *patch)`` of ``clean_image`` ``(L, C, *patch)`` for the diffusion pass (METHODS:
+            clean: one-hot masks ``(L, K, *patch)`` of ``clean_image`` ``(L, C, *patch)`` for the diffusion pass:
                 x0-prediction at ``t ~ U{0..T-1}``); none, no pass.
             recycle: noise the experts' own prediction instead of ``clean`` in that pass.
             leaky: one-hot masks ``(B, K, *patch)`` noised into the fused path, a documented mistake kept as a control.
         """
         if not self.training:
             return self.segment(image, self.inference_noise(image)).fused
-        t, y_t = None, None
+        t = None
         if leaky is not None and self.de is not None:
             t, y_t = self.noised(leaky)
-        output = self.segment(image, torch.randn(self._mask_shape(image), device=image.device) if y_t is None else y_t, t)
+        else:
+            y_t = torch.randn(self._mask_shape(image), device=image.device)
+        output = self.segment(image, y_t, t)
         if clean is None or self.de is None:
             return output
         if recycle:
@@ -123,7 +127,7 @@ class DMEDNet(nn.Module):
         return output._replace(denoised=self.de_pass(clean_image, y_t, t).logits)
 
     def segment(self, image: Tensor, noisy_mask: Tensor, t: Tensor | None = None) -> DMEDOutput:
-        """Both experts and their fusion; ``noisy_mask`` ``(B, K, *patch)`` at ``t`` (default: pure noise at ``t = T``)."""
+        """Both experts and their fusion; ``noisy_mask`` ``(B, K, *patch)`` at ``t``, by default noise at ``t = T``."""
         de = self.de_pass(image, noisy_mask, t) if self.de is not None else None
         ce = self.ce(image) if self.ce is not None else None
         if de is None or ce is None:
@@ -161,9 +165,12 @@ class DMEDNet(nn.Module):
     def inference_noise(self, image: Tensor) -> Tensor:
         """The noise of every prediction: the same for each tile, mirrored with it in a mirrored pass."""
         shape = self._mask_shape(image)
-        axes = tuple(range(2, image.ndim))
-        noise = seeded_noise((1, *shape[1:]), self.noise_seed, device=image.device, mirror_axes=axes)
-        return noise.expand(shape)
+        key = (*shape[1:], image.device)
+        if self._noise is None or self._noise[0] != key:
+            axes = tuple(range(2, image.ndim))
+            drawn = seeded_noise((1, *shape[1:]), self.noise_seed, device=image.device, mirror_axes=axes)
+            self._noise = (key, drawn)
+        return self._noise[1].expand(shape)
 
     def _mask_shape(self, image: Tensor) -> tuple[int, ...]:
         return (len(image), self.label_space.num_heads, *image.shape[2:])

@@ -12,7 +12,7 @@ from nnunet_diffext.networks.blocks.time import FiLM, TimeEmbedding
 
 
 class UNetOutput(NamedTuple):
-    """Logits ``(B, K, *)`` and the features of every level, finest first; the last one is the deepest encoder output."""
+    """Logits ``(B, K, *)`` and the features of every level, finest first, down to the deepest encoder output."""
 
     logits: Tensor
     features: list[Tensor]
@@ -60,7 +60,7 @@ class UNetBackbone(nn.Module):
 
 
 class VNet(UNetBackbone):
-    """V-Net (Milletari et al. 2016): strided and transposed convolutions, a residual around the convolutions of each stage.
+    """V-Net (Milletari et al. 2016): strided and transposed convolutions, a residual in every stage.
 
     Residual stages of a ResEnc plan are V-Net stages already and are used as they are.
     """
@@ -77,7 +77,7 @@ class VNet(UNetBackbone):
 
 
 class ConditionalUNet(UNetBackbone):
-    """U-Net conditioned on image, noisy mask and timestep: image and mask enter as channels, time modulates every stage.
+    """U-Net on image and noisy mask, which enter as channels, with every stage modulated by the timestep.
 
     Args:
         architecture: what nnU-Net planned.
@@ -113,7 +113,7 @@ class ConditionalUNet(UNetBackbone):
 
 
 def _residual(stage: nn.Module, x: Tensor) -> Tensor:
-    """Stacked convolutions with V-Net's shortcut: the first one changes resolution and width, the rest is a residual."""
+    """V-Net's shortcut: the first convolution changes resolution and width, the others are a residual."""
     blocks = stage[-1] if isinstance(stage, nn.Sequential) else stage
     if not hasattr(blocks, "convs"):
         return stage(x)

@@ -1,4 +1,4 @@
-"""Dynamic Fusion Module of DMED-Seg: a small transformer decides, per location and scale, which expert to trust (eq. 1)."""
+"""Dynamic Fusion Module of DMED-Seg (eq. 1): a small transformer decides where to trust which expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 
 class FusionOutput(NamedTuple):
-    """Fused logits ``(B, K, *patch)`` and the expert weights ``(B, 2, *)`` of every scale, finest first; they sum to one."""
+    """Fused logits ``(B, K, *patch)``; expert weights ``(B, 2, *)`` per scale, finest first, which sum to one."""
 
     logits: Tensor
     weights: list[Tensor]
@@ -20,7 +20,8 @@ class FusionOutput(NamedTuple):
 class ExpertAttention(nn.Module):
     """One pre-norm transformer layer over the two expert tokens of a location.
 
-    Attention across locations is out of reach in 3D (10^4 to 10^5 tokens per scale); across experts it costs ``O(4 d)``.
+    Attention across locations is out of reach in 3D (10^4 to 10^5 tokens per scale); across the two
+    experts it costs next to nothing.
 
     Args:
         dim: token width d.
@@ -49,8 +50,8 @@ class ExpertAttention(nn.Module):
 class DynamicFusion(nn.Module):
     """Weights and fuses the two experts' features at up to four scales, 1/2 ... 1/16 (section 3.4, eq. 1).
 
-    The fused scales are merged coarse to fine and read out by one 1x1 convolution. With ``fuse_predictions`` the experts'
-    logits, weighted in the same way, are added ("fuses features and predictions").
+    The fused scales are merged coarse to fine and read out by one 1x1 convolution. With ``fuse_predictions`` the
+    experts' logits, weighted in the same way, are added ("fuses features and predictions").
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
@@ -90,7 +91,7 @@ class DynamicFusion(nn.Module):
         self.seg_layers = nn.ModuleList(conv_op(c, num_classes, 1) for c in self.channels[:2])
 
     def scale_weights(self, scale: int, de: Tensor, ce: Tensor) -> Tensor:
-        """Softmax weights of the two experts, ``(B, 2, *)``, from their features ``(B, C, *)`` at one scale. Always fp32."""
+        """Weights of the two experts, ``(B, 2, *)``, from their features ``(B, C, *)`` at one scale. Always fp32."""
         with torch.autocast(de.device.type, enabled=False):
             tokens = torch.stack(
                 [self.project_de[scale](_flat(de).float()), self.project_ce[scale](_flat(ce).float())], dim=2
@@ -115,8 +116,8 @@ class DynamicFusion(nn.Module):
         full_de, full_ce = self.seg_layers[0](de[0]), self.seg_layers[0](ce[0])
         if self.fuse_predictions:
             full_de, full_ce = full_de + de_logits, full_ce + ce_logits
-        logits = _blend(self.resize(weights[0], full_ce), full_de, full_ce) + self.resize(self.seg_layers[1](x), full_ce)
-        return FusionOutput(logits, weights)
+        logits = _blend(self.resize(weights[0], full_ce), full_de, full_ce)
+        return FusionOutput(logits + self.resize(self.seg_layers[1](x), full_ce), weights)
 
     def resize(self, x: Tensor, like: Tensor) -> Tensor:
         """Interpolate linearly to the spatial size of ``like``."""

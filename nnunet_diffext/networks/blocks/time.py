@@ -30,7 +30,7 @@ class TimeEmbedding(nn.Module):
 class FiLM(nn.Module):
     """Feature-wise modulation ``act((1 + scale(t)) * h + shift(t))`` (Perez et al. 2018).
 
-    The activation after the shift matters: without it the next convolution's instance norm would remove a constant shift.
+    Without the activation after it, the next convolution's instance norm would remove the constant shift.
     """
 
     def __init__(self, time_channels: int, channels: int) -> None:

@@ -1,0 +1,1 @@
+"""Predictions beyond nnU-Net's segmentation."""
