@@ -102,7 +102,7 @@ class MethodSettings(TrainingSettings):
         number="ema#", switches={"noEMA": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
     cpu_bfloat16: bool = setting(
-        True, "mixed precision on CPUs that compute bfloat16 natively", switches={"fp32": False}
+        False, "mixed precision on a CPU that computes bfloat16 natively", switches={"bf16": True}
     )
 
 

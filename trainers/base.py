@@ -24,11 +24,6 @@ MAX_BAD_STEPS = 50
 """Consecutive steps with non-finite gradients after which a training is given up."""
 
 
-def cpu_computes_bfloat16() -> bool:
-    """Whether oneDNN has native bfloat16 instructions here (AVX512-BF16, AMX); emulation would be slower than fp32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 class DiffextTrainer(ConfiguredTrainer):
     """A method implements :meth:`compute_losses`, :meth:`loss_weights` and ``build_network_architecture``."""
 
@@ -86,6 +81,8 @@ class DiffextTrainer(ConfiguredTrainer):
                 self.configuration_manager.network_arch_init_kwargs,
                 self.configuration_manager.network_arch_init_kwargs_req_import,
             ).check_patch(self.configuration_manager.patch_size)
+            if self.device.type == "cpu" and self.settings.cpu_bfloat16:
+                self._check_bfloat16()
         super().initialize()
 
     def _do_i_compile(self) -> bool:
@@ -101,11 +98,11 @@ class DiffextTrainer(ConfiguredTrainer):
         onehot, valid = self.label_space.encode(target)
         return self.segmentation_loss(logits, onehot, valid)
 
-    def segmentation_loss(self, logits: Tensor, onehot: Tensor, weight: Tensor) -> Tensor:
-        """``L_seg`` with this configuration's ``batch_dice``; arguments as :func:`dice_ce_loss`."""
+    def segmentation_loss(self, logits: Tensor, onehot: Tensor, weight: Tensor, pool: bool = False) -> Tensor:
+        """``L_seg``; arguments as :func:`dice_ce_loss`. Dice is pooled over the batch if planned so, or if ``pool``."""
         return dice_ce_loss(
             logits, onehot, weight,
-            regions=self.label_space.regions, batch_dice=self.configuration_manager.batch_dice,
+            regions=self.label_space.regions, batch_dice=self.configuration_manager.batch_dice or pool,
         )  # fmt: skip
 
     @property
@@ -122,12 +119,24 @@ class DiffextTrainer(ConfiguredTrainer):
         return {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def autocast(self) -> Any:
-        """Mixed precision: as in nnU-Net on CUDA, bfloat16 on CPUs that compute it natively, none elsewhere."""
+        """Mixed precision as in nnU-Net on CUDA; bfloat16 on a CPU if the settings say so (token ``bf16``)."""
         if self.device.type == "cuda":
             return autocast("cuda", enabled=True)
-        if self.device.type == "cpu" and self.settings.cpu_bfloat16 and cpu_computes_bfloat16():
+        if self.device.type == "cpu" and self.settings.cpu_bfloat16:
             return autocast("cpu", dtype=torch.bfloat16)
         return dummy_context()
+
+    def _check_bfloat16(self) -> None:
+        """oneDNN (torch 2.15) leaves parts of the weight gradient of a 3x3x3 convolution over two slices unwritten."""
+        patch, strides = self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes
+        depths = patch[0] // np.cumprod(np.vstack(strides), axis=0)[:, 0]
+        if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            raise ValueError("Token 'bf16': this CPU does not compute bfloat16 natively. Leave the token out.")
+        if len(patch) == 3 and 2 in depths:
+            raise ValueError(
+                f"Token 'bf16': some stage of this network sees two slices (depths {depths.tolist()}), for which PyTorch's "
+                "CPU convolutions compute wrong gradients in bfloat16. Leave the token out, or change the patch size."
+            )
 
     def train_step(self, batch: dict) -> dict:
         """One optimisation step on the weighted sum of the losses; a step with non-finite gradients is skipped."""
@@ -196,11 +205,11 @@ class DiffextTrainer(ConfiguredTrainer):
         if self.teacher is None:
             return
         decay = min(1 - 1 / (self.global_step + 2), self.settings.ema_decay)
-        for mean, value in zip(self.teacher.state_dict().values(), self.module.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - decay)
-            else:
-                mean.copy_(value)
+        # not state_dict(): dynamic-network-architectures registers convolutions twice, which would average them twice
+        for mean, value in zip(self.teacher.parameters(), self.module.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+        for mean, value in zip(self.teacher.buffers(), self.module.buffers(), strict=True):
+            mean.copy_(value)
 
     # ------------------------------------------------------------------ checkpoints
     def extra_checkpoint(self) -> dict[str, Any]:
@@ -242,6 +251,16 @@ class DiffextTrainer(ConfiguredTrainer):
             raise CheckpointError(
                 f"{filename} was written by {checkpoint.get('trainer_name')}, not by {self.__class__.__name__}. "
                 "Continue with the trainer name that started the training."
+            )
+        if not self.was_initialized:
+            self.initialize()
+        weights = self.module.state_dict(), checkpoint["network_weights"]
+        here, there = ({k: v.shape for k, v in w.items()} for w in weights)
+        if here != there:
+            different = [k for k in (here | there) if here.get(k) != there.get(k)]
+            raise CheckpointError(
+                f"{filename} holds another network: {len(different)} of its parameters differ in shape, are missing or "
+                f"superfluous (the first is {different[0]}). Were the plans changed after the training was started?"
             )
 
     @property

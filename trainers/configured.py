@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ class ConfiguredTrainer(nnUNetTrainer):
         self.num_epochs, self.num_iterations_per_epoch = s.epochs, s.iterations
         self.num_val_iterations_per_epoch = s.val_iterations
         self.save_every = s.save_every
+        if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "").isdigit():
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # nnU-Net takes all cores, also of a shared machine
         if s.seed is not None:
             seed_everything(s.seed + self.local_rank)
 

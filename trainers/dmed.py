@@ -96,7 +96,7 @@ class DMEDSettings(MethodSettings):
         switches={"noStrong": False},
     )  # fmt: skip
     labeled_percent: float | None = setting(
-        None, "use the labels of this share of the training cases only, the others' images are unlabelled (section 4.6)",
+        None, "labels of this share of the training cases only; the others are unlabelled (section 4.6)",
         number="#percent", minimum=0, maximum=100,
     )  # fmt: skip
     noise_seed: int = setting(0, "seed of the diffusion expert's noise at prediction", number="noise#", minimum=0)
@@ -173,11 +173,13 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             diffusion = {"clean": clean[:half], "clean_image": labeled_image[:half], "recycle": s.recycle}
         out: DMEDOutput = self.network(image, leaky=target if s.leaky else None, **diffusion)
 
-        losses = {"sup": self.segmentation_loss(out.fused, target, labeled)}
-        losses["sup_experts"] = self.expert_losses(out, target, labeled)
+        # a mixed patch holds pieces of two images, often without foreground: their Dice means little one by one
+        pool = pseudo is not None
+        losses = {"sup": self.segmentation_loss(out.fused, target, labeled, pool)}
+        losses["sup_experts"] = self.expert_losses(out, target, labeled, pool)
         if pseudo is not None and s.lambda_cac > 0:
-            losses["cac"] = self.segmentation_loss(out.fused, target, pseudo)
-            losses["cac_experts"] = self.expert_losses(out, target, pseudo)
+            losses["cac"] = self.segmentation_loss(out.fused, target, pseudo, pool)
+            losses["cac_experts"] = self.expert_losses(out, target, pseudo, pool)
         if out.embeddings is not None:
             weight = self.uncertainty_at(out) if s.iefa_uncertain else None
             losses["iefa"] = inter_expert_alignment(*out.embeddings, temperature=s.iefa_temperature, weight=weight)
@@ -186,11 +188,11 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             losses["diffusion"] = self.segmentation_loss(out.denoised, clean[:half], valid[:half])
         return losses
 
-    def expert_losses(self, out: DMEDOutput, target: Tensor, weight: Tensor) -> Tensor:
+    def expert_losses(self, out: DMEDOutput, target: Tensor, weight: Tensor, pool: bool) -> Tensor:
         """Sum of ``L_seg`` over both experts' own predictions; 0 for a single one, which is the fused one."""
         if out.de is None or out.ce is None:
             return out.fused.new_zeros(())
-        return self.segmentation_loss(out.de, target, weight) + self.segmentation_loss(out.ce, target, weight)
+        return sum(self.segmentation_loss(expert, target, weight, pool) for expert in (out.de, out.ce))
 
     def with_unlabeled(
         self, image: Tensor, clean: Tensor, valid: Tensor, unlabeled: Tensor
@@ -231,6 +233,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             self.module.eval()
             logits = self.module(image)
             self.module.train()
+            torch.clear_autocast_cache()  # before PyTorch 2.10, casts made here would hide gradients later (#112583)
         probabilities = self.label_space.probabilities(logits)
         confidence = 1 - self.label_space.normalized_entropy(probabilities)
         if s.confidence_threshold is not None:

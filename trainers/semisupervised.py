@@ -32,10 +32,9 @@ class SemiSupervisedTrainer(DiffextTrainer):
     def _find_splits(self, train: list[str], val: list[str]) -> tuple[Split, UnlabeledPool]:
         if self._splits is not None:
             return self._splits
-        from_file = None
+        split = Split(tuple(train), tuple(val))
         if self.fold != "all":
-            from_file = load_split(self.preprocessed_dataset_folder_base, self.fold)
-        split = from_file or Split(tuple(train), tuple(val))
+            split = load_split(self.preprocessed_dataset_folder_base, self.fold)
         if self.settings.labeled_percent is not None:
             split = keep_labeled_percent(split, self.settings.labeled_percent)
         ignored = entirely_ignored(self.preprocessed_dataset_folder, split.train, self.label_manager)
@@ -47,7 +46,7 @@ class SemiSupervisedTrainer(DiffextTrainer):
             )
         pool = find_unlabeled(
             self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier,
-            split if from_file is not None else None, self.fold,
+            split, self.fold,
             ignored=ignored, cascade_folder=self.folder_with_segs_from_previous_stage,
         )  # fmt: skip
         self._splits = split, pool
@@ -61,7 +60,7 @@ class SemiSupervisedTrainer(DiffextTrainer):
         )
         if pool.without_previous_stage:
             self.print_to_log_file(
-                f"{len(pool.without_previous_stage)} unlabelled cases are left out: the cascade's previous stage has not "
+                f"{len(pool.without_previous_stage)} unlabelled cases are left out: the previous stage has not "
                 f"segmented them into {self.folder_with_segs_from_previous_stage}."
             )
         if not pool.cases:

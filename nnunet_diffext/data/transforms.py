@@ -22,7 +22,7 @@ class TwoViews(BasicTransform):
     """Applies nnU-Net's training transforms so that a patch comes out twice: weakly and strongly augmented.
 
     The strong view gets every transform: with the same random state it is what the wrapped transforms alone give, but
-    for the last bits (memory layout) and for :func:`_mark_outside`. The weak view gets the same transforms with the same
+    for the last bits (memory layout) and for :func:`_mark_outside`. The weak view gets the same with the same
     parameters, without those that change the image only: noise, blur, brightness, contrast, low resolution, gamma and,
     in a cascade, the corruption of the previous segmentation.
 

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def nnunet_environment(root: Path, num_processes: int = 2) -> dict[str, str]:
     env["MPLBACKEND"] = "Agg"
     env["PYTHONUNBUFFERED"] = "1"
     return env
+
+
+@contextmanager
+def in_environment(env: Mapping[str, str]) -> Iterator[None]:
+    """nnU-Net's variables of ``env`` in this process too, for calls of its Python functions; restored afterwards."""
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in env.items() if name.startswith("nnUNet_")})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run_command(

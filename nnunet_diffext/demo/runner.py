@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffext.demo.commands import CommandResult, EpochReport, nnunet_environment, run_command
+from nnunet_diffext.demo.commands import CommandResult, EpochReport, in_environment, nnunet_environment, run_command
 from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS, write_dataset
 from nnunet_diffext.evaluation.metrics import evaluate_folder, json_ready
 from nnunet_diffext.evaluation.provenance import provenance
@@ -27,7 +27,7 @@ class DemoOptions:
     """Size of the demo. ``epochs`` times ``iterations`` optimiser steps are given to each of the two trainers."""
 
     out: Path
-    epochs: int = 12
+    epochs: int = 8
     iterations: int = 50
     labeled: int = 6
     unlabeled: int = 16
@@ -153,7 +153,8 @@ class Demo:
         for case in self.test_cases():
             image = self.raw / "imagesTs" / f"{case}_0000{FILE_ENDING}"
             name = case + FILE_ENDING
-            maps = expert_maps(model, [str(image)], fold=0, device=self.options.device)
+            with in_environment(self.env):
+                maps = expert_maps(model, [str(image)], fold=0, device=self.options.device)
             predicted = {title: self.predictions(trainer) / name for title, trainer in trainers.items()}
             files.append(self.out / "pictures" / f"{case}.png")
             draw_case(image, self.raw / "labelsTs" / name, predicted, maps, LABELS, files[-1])

@@ -33,13 +33,13 @@ class Ellipsoid:
 # network trained on few cases confuses with the organs. A radius of 1000 mm runs through the whole volume.
 PHANTOM = (
     Ellipsoid((0, 0, 0), (1000, 33, 37), 80),  # soft tissue
-    Ellipsoid((0, 24, 0), (1000, 6, 6), 185),  # vertebra
-    Ellipsoid((0, 13, 3), (1000, 3.5, 3.5), 170),  # aorta
-    Ellipsoid((0, 13, -4), (1000, 3, 4), 125),  # vein
-    Ellipsoid((-3, 17, -16), (14, 6, 5), 155, LABELS["kidneys"]),
-    Ellipsoid((3, 17, 16), (14, 6, 5), 155, LABELS["kidneys"]),
-    Ellipsoid((4, 4, 24), (14, 11, 6), 108, LABELS["spleen"]),
-    Ellipsoid((0, -6, -13), (21, 16, 17), 130, LABELS["liver"]),
+    Ellipsoid((0, 26, 0), (1000, 6, 6), 185),  # vertebra
+    Ellipsoid((0, 16, 3), (1000, 3.5, 3.5), 170),  # aorta
+    Ellipsoid((0, 16, -4), (1000, 3, 4), 125),  # vein
+    Ellipsoid((-3, 17, -17), (18, 9, 8), 160, LABELS["kidneys"]),
+    Ellipsoid((3, 17, 17), (18, 9, 8), 160, LABELS["kidneys"]),
+    Ellipsoid((4, -3, 23), (19, 14, 9), 105, LABELS["spleen"]),
+    Ellipsoid((0, -7, -13), (22, 16, 17), 130, LABELS["liver"]),
 )
 
 
@@ -51,15 +51,15 @@ def _parts(rng: np.random.Generator) -> list[Ellipsoid]:
         radii = tuple(r * rng.uniform(0.85, 1.15) for r in part.radii)
         parts.append(Ellipsoid(centre, radii, part.intensity + rng.normal(0, 6), part.label))
     for _ in range(4):
-        centre = (rng.uniform(-25, 25), rng.uniform(-20, 0), rng.uniform(2, 22))
+        centre = (rng.uniform(-25, 25), rng.uniform(-18, 6), rng.uniform(0, 14))
         radii = tuple(rng.uniform(3, 7, size=3))
         parts.insert(1, Ellipsoid(centre, radii, rng.uniform(90, 160)))
     liver = parts[-1]
     direction = rng.normal(size=3)
-    direction *= rng.uniform(0.1, 0.55) / np.linalg.norm(direction)
+    direction *= rng.uniform(0.1, 0.45) / np.linalg.norm(direction)
     centre = tuple(c + d * r for c, d, r in zip(liver.centre, direction, liver.radii, strict=True))
-    radii = tuple(rng.uniform(4, 6.5) * rng.uniform(0.9, 1.1, size=3))
-    parts.append(Ellipsoid(centre, radii, liver.intensity - rng.uniform(30, 45), LABELS["lesion"]))
+    radii = tuple(rng.uniform(6, 8) * rng.uniform(0.9, 1.1, size=3))
+    parts.append(Ellipsoid(centre, radii, liver.intensity - rng.uniform(45, 60), LABELS["lesion"]))
     return parts
 
 
@@ -96,7 +96,7 @@ def make_case(seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, tuple[floa
         image[inside], labels[inside] = part.intensity, part.label
     image = gaussian_filter(image, (0.3, 0.7, 0.7))  # partial volume
     image *= np.exp(0.25 * _smooth_field(rng, spacing, 25)) * rng.uniform(0.85, 1.15)  # bias field, gain
-    image += rng.normal(0, 11, size=SHAPE)
+    image += rng.normal(0, 9, size=SHAPE)
     return np.round(image).astype(np.int16), labels, spacing
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nnunet_diffext.demo.commands import CommandError, EpochReport, nnunet_environment, run_command
+from nnunet_diffext.demo.commands import CommandError, EpochReport, in_environment, nnunet_environment, run_command
 
 LOG = """
 2026-11-20 12:09:08.771162:
@@ -45,6 +45,15 @@ def test_environment_keeps_the_users_trainers_and_adds_ours(tmp_path, monkeypatc
         assert env[name] == str(tmp_path / name) and os.path.isdir(env[name])
     assert env["nnUNet_n_proc_DA"] == "3"
     assert os.environ["nnUNet_extTrainer"] == "/somewhere/else"
+
+
+def test_in_environment_sets_nnunets_variables_and_restores_all(monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", "before")
+    monkeypatch.delenv("nnUNet_results", raising=False)
+    with pytest.raises(KeyError), in_environment({"nnUNet_raw": "a", "nnUNet_results": "b", "OTHER_VARIABLE": "c"}):
+        assert os.environ["nnUNet_raw"] == "a" and os.environ["nnUNet_results"] == "b"
+        os.environ["OTHER_VARIABLE"]
+    assert os.environ["nnUNet_raw"] == "before" and "nnUNet_results" not in os.environ
 
 
 def test_command_is_printed_logged_and_reported(tmp_path, monkeypatch, capsys):

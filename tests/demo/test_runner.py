@@ -37,7 +37,7 @@ def test_markdown_states_means_commands_and_machine():
 
     text = markdown(
         {
-            "options": {"test": 4, "labeled": 6, "unlabeled": 16, "epochs": 12, "iterations": 50, "seed": 0},
+            "options": {"test": 4, "labeled": 6, "unlabeled": 16, "epochs": 8, "iterations": 50, "seed": 0},
             "results": {"nnU-Net": result(0.9, 0.5, 0.4, 0.2), "DMED-Seg": result(0.8, float("nan"), 0.4, 0.0)},
             "commands": [{"command": "nnUNetv2_train 990"}],
             "date": "2026-01-01",

@@ -26,7 +26,7 @@ def test_every_label_is_in_every_case_and_the_sizes_differ(cases):
         assert image.shape == labels.shape == SHAPE
         sizes = {name: np.count_nonzero(labels == value) for name, value in LABELS.items()}
         assert min(sizes.values()) > 10
-        assert sizes["liver"] > 3 * sizes["spleen"] and sizes["lesion"] < sizes["liver"] / 10
+        assert sizes["liver"] > 1.5 * sizes["spleen"] and sizes["lesion"] < sizes["spleen"] / 2
 
 
 def test_lesion_lies_in_the_liver_and_is_darker(cases):

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from synthetic import make_raw_dataset  # noqa: E402
 from workspace import (  # noqa: E402
     FOLDERS,
+    MAIN,
+    TRAINER,
     Workspace,
     add_cascade,
     command,
@@ -27,8 +28,7 @@ from workspace import (  # noqa: E402
     train,
 )
 
-MAIN = "Dataset801_Main"
-TRAINER = "DMEDSegTrainer_1epochs_2iters_1valiters_seed1"
+from synthetic import make_raw_dataset  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def main_dataset(workspace: Workspace, session_patch: None) -> str:
     """Five labelled cases, two of which the split lists as unlabelled, and two images in ``imagesTu``."""
     make_raw_dataset(workspace.root / "nnUNet_raw", 801, "Main", cases=5, unlabeled=2, shape=(14, 16, 18))
     file = plan(workspace, MAIN)
-    shrink(file, (8, 12, 12))
+    shrink(file, (12, 12, 12))
     add_cascade(file)
     preprocess(MAIN, ["3d_fullres", "2d", "3d_lowres"], unlabeled=True)
     splits = [
@@ -91,7 +91,9 @@ def trained(workspace: Workspace, main_dataset: str) -> Path:
 
 
 @pytest.fixture
-def own_workspace(workspace: Workspace, main_dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def own_workspace(
+    workspace: Workspace, main_dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Workspace:
     """A copy of the main dataset that a test may damage, without results."""
     own = Workspace(tmp_path / "own")
     shutil.copytree(workspace.root / "nnUNet_raw", own.root / "nnUNet_raw")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import MAIN, TRAINER
-from workspace import FOLDERS, Workspace, command, curves, log_of, predict, train
+from workspace import FOLDERS, MAIN, TRAINER, Workspace, command, curves, log_of, predict, train
 
 from nnunet_diffext.trainers.dmed import DMEDSettings
 
@@ -30,7 +29,8 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_training_leaves_what_nnunet_leaves(trained: Path) -> None:
     fold = trained / "fold_0"
-    for name in ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "debug.json", "validation/summary.json"):
+    files = ("checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "debug.json", "validation/summary.json")
+    for name in files:
         assert (fold / name).stat().st_size > 0, name
     assert not (fold / "checkpoint_latest.pth").exists()
     assert not list(fold.glob(".*")), "temporary files are left"

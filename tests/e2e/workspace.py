@@ -28,6 +28,9 @@ from nnunet_diffext.data.unlabeled import preprocess_unlabeled
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 CPU = torch.device("cpu")
 PLANS = "nnUNetPlans"
+MAIN = "Dataset801_Main"
+TRAINER = "DMEDSegTrainer_1epochs_2iters_1valiters_seed1"
+STRIDES = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 
 
 class _Threads:
@@ -74,8 +77,8 @@ def plan(workspace: Workspace, dataset: str, planner: str = "ExperimentPlanner",
     return workspace.preprocessed(dataset) / f"{plans}.json"
 
 
-def shrink(file: Path, patch: Sequence[int], strides: Sequence[Sequence[int]] = ((1, 1, 1), (2, 2, 2), (2, 2, 2))) -> dict:
-    """Edit plans down to three stages of 4, 8 and 16 channels and a tiny patch; 2d gets the patch without its first axis."""
+def shrink(file: Path, patch: Sequence[int], strides: Sequence[Sequence[int]] = STRIDES) -> dict[str, Any]:
+    """Edit plans down to stages of 4, 8 and 16 channels and a tiny patch; 2d gets it without its first axis."""
     plans = json.loads(file.read_text())
     for name in [n for n in ("3d_lowres", "3d_cascade_fullres") if n in plans["configurations"]]:
         del plans["configurations"][name]
@@ -84,7 +87,7 @@ def shrink(file: Path, patch: Sequence[int], strides: Sequence[Sequence[int]] = 
         stages = [list(s)[-axes:] for s in strides]
         configuration.update(patch_size=list(patch)[-axes:], batch_size=2)
         arguments = configuration["architecture"]["arch_kwargs"]
-        kernels = [[1 if axes == 3 and stride[0] == 1 and max(stride) > 1 else 3, *[3] * (axes - 1)] for stride in stages]
+        kernels = [[1 if stride[0] < stride[-1] else 3, *[3] * (axes - 1)] for stride in stages]
         arguments.update(n_stages=3, features_per_stage=[4, 8, 16], strides=stages, kernel_sizes=kernels)
         for key, length in (("n_conv_per_stage", 3), ("n_blocks_per_stage", 3), ("n_conv_per_stage_decoder", 2)):
             if key in arguments:
@@ -100,7 +103,7 @@ def add_cascade(file: Path) -> None:
     low.update(
         data_identifier=f"{plans['plans_name']}_3d_lowres",
         spacing=[2 * s for s in low["spacing"]],
-        patch_size=[8, 8, 8],
+        patch_size=[4, 8, 8],
         next_stage="3d_cascade_fullres",
     )
     plans["configurations"]["3d_lowres"] = low

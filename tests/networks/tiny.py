@@ -53,7 +53,8 @@ KINDS = {
 def arch_block(kind: Kind) -> dict[str, Any]:
     """The ``architecture`` block of a configuration, as nnU-Net's planners write it."""
     n = len(kind.features)
-    kernels = [[1 if s == 1 and level and kind.dim == 3 else 3 for s in stride] for level, stride in enumerate(kind.strides)]
+    flat = kind.dim == 3  # nnU-Net does not convolve along axes that it does not pool yet
+    kernels = [[1 if s == 1 and flat and level else 3 for s in stride] for level, stride in enumerate(kind.strides)]
     blocks = {"n_blocks_per_stage": [1, 2, 2, 2, 2, 2][:n]} if kind.residual else {"n_conv_per_stage": [2] * n}
     return {
         "network_class_name": f"{UNETS}.{'ResidualEncoderUNet' if kind.residual else 'PlainConvUNet'}",
