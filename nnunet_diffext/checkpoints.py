@@ -22,7 +22,7 @@ def write_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
         CheckpointError: if the disk is full or the folder not writable; an older file at ``path`` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # a killed run leaves one at most
+    temporary = path.with_name(f".incomplete{path.suffix}")  # the next write replaces what a killed run left
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)

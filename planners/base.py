@@ -6,6 +6,7 @@ and batch anew. What a step needs is taken from the method's real trainer (:mod:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -115,6 +116,7 @@ class DiffextPlanner:
         self.measures = device is not None and can_measure(device, self.target)
         self.device = device or torch.device("cpu")
         self.results: dict[str, Planned] = {}
+        self._estimates: dict[str, StepMemory] = {}
 
     @property
     def target(self) -> float:
@@ -152,7 +154,7 @@ class DiffextPlanner:
         """Add one configuration to the plans. What inherits its sizes keeps doing so, if they fit."""
         own = deepcopy(self.base["configurations"][name])
         base = PlansManager(self.base).get_configuration(name).configuration
-        base_memory = estimate(self.trainer_class, _with(plans, name, base), name, self.dataset_json)
+        base_memory = self._estimate(_with(plans, name, base), name)
         plans["configurations"][name] = own
         memory = None
         if "inherits_from" in own and not any(key in own for key in SIZE_KEYS):
@@ -206,10 +208,18 @@ class DiffextPlanner:
             measured = measure(self.trainer_class, plans, name, self.dataset_json, self.device)
             if measured is not None:
                 return measured
-        estimated = estimate(self.trainer_class, plans, name, self.dataset_json)
+        estimated = self._estimate(plans, name)
         if self.measures:  # it did not fit, whatever is counted
             return replace(estimated, variable=max(estimated.variable, int(self.target)))
         return estimated
+
+    def _estimate(self, plans: Mapping[str, Any], name: str) -> StepMemory:
+        configuration = PlansManager(dict(plans)).get_configuration(name).configuration
+        # 3d_fullres and 3d_lowres often come to the same sizes
+        key = json.dumps([*(configuration[k] for k in SIZE_KEYS), "previous_stage" in configuration])
+        if key not in self._estimates:
+            self._estimates[key] = estimate(self.trainer_class, plans, name, self.dataset_json)
+        return self._estimates[key]
 
     def _find_trainer(self, name: str) -> type:
         try:

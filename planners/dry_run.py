@@ -11,9 +11,10 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_diffext.diffusion import LabelSpace
-from nnunet_diffext.planners.memory import StepMemory, count_step, forget_data, measure_step, without_data
+from nnunet_diffext.planners.memory import StepMemory, count_step, forget_data, measure_step
 from nnunet_diffext.settings import PLANS_KEY
 from nnunet_diffext.trainers.base import LABELS_KEY, DiffextTrainer
 
@@ -111,7 +112,7 @@ def estimate(
 ) -> StepMemory:
     """What a training step would need on a GPU, counted on tensors without data. Arguments as for :class:`DryRun`."""
     step = DryRun(trainer_class, plans, configuration, dataset_json, data=False)
-    with without_data():
+    with FakeTensorMode():
         forget_data(step.network)
         if step.teacher is not None:
             forget_data(step.teacher)

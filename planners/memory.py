@@ -1,6 +1,6 @@
 """How much GPU memory a training step needs: by counting the tensors that are alive, or by measuring on a GPU.
 
-The count runs the real step on tensors without data (:class:`FakeTensorMode`), so it takes seconds on any machine,
+The count runs the real step on tensors without data (``FakeTensorMode``), so it takes seconds on any machine,
 whatever the size, and sees what autograd keeps, temporary results, gradients and the casts of mixed precision. What it
 cannot see (CUDA context, cuDNN workspaces, blocks that the allocator keeps) is added as an allowance.
 """
@@ -8,14 +8,13 @@ cannot see (CUDA context, cuDNN workspaces, blocks that the allocator keeps) is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +82,8 @@ def workspace_for(variable: int) -> int:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are created inside the context and still alive; views share their storage.
 
+    A number that is read from a tensor without data is 0: the start of a crop, a verdict "not finite".
+
     Attributes:
         live: bytes alive now.
         peak: most bytes alive at once.
@@ -94,6 +95,8 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 0
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -114,24 +117,8 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-class ZeroScalars(TorchDispatchMode):
-    """Numbers that a step reads from tensors without data are 0: the start of a crop, a verdict 'not finite'."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else 0
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def without_data() -> Iterator[None]:
-    """Inside, new tensors have shape, type and device, but no data, and operations on them take no time."""
-    with FakeTensorMode(), ZeroScalars():
-        yield
-
-
 def forget_data(network: nn.Module) -> nn.Module:
-    """Replace parameters and buffers by new ones on the CPU; inside :func:`without_data` these take no memory."""
+    """Replace parameters and buffers by new ones on the CPU; inside ``FakeTensorMode`` these take no memory."""
     for module in network.modules():
         for name, value in module._parameters.items():
             if value is not None:
@@ -158,7 +145,7 @@ def count_step(step: Step) -> StepMemory:
     """Count one step: forward, backward with growing gradients, and SGD. Works with real CPU tensors as well.
 
     Args:
-        step: with tensors without data inside :func:`without_data`, or with real ones.
+        step: with tensors without data inside ``FakeTensorMode``, or with real ones.
     """
     with LiveBytes() as count:
         step.losses().backward()

@@ -241,7 +241,7 @@ class DiffextTrainer(ConfiguredTrainer):
         self._check_same_network(checkpoint, filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         self.bad_steps = checkpoint.get("diffext_bad_steps", 0)
-        if "diffext_rng" in checkpoint:
+        if "diffext_rng" in checkpoint and self.local_rank == 0:  # the ranks must go on drawing different noise
             torch.set_rng_state(checkpoint["diffext_rng"])
         if "diffext_teacher" in checkpoint:
             self.start_teacher().load_state_dict(checkpoint["diffext_teacher"])

@@ -22,7 +22,7 @@ from workspace import MAIN, Workspace, curves, log_of, make_trainer, script, tra
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
 
 LONG = "DMEDSegTrainer_900epochs_1iters_1valiters_save1"
-SHORT = "DMEDSegTrainer_3epochs_2iters_1valiters_save1_seed7_fp32"
+SHORT = "DMEDSegTrainer_3epochs_2iters_1valiters_save1_seed7"
 
 
 def continue_one_epoch(trainer_name: str, workspace: Workspace) -> None:
@@ -94,7 +94,7 @@ class Interrupted(Exception):
 
 
 def run(trainer: Any, stop_after: int | None = None) -> list[dict[str, Any]]:
-    """Train on :class:`Batches`; returns what every step reports. ``stop_after`` that many epochs, nothing is tidied."""
+    """Train on :class:`Batches`; returns what every step reports. Dies after ``stop_after`` epochs."""
     steps: list[dict[str, Any]] = []
     first, plain_step, plain_end = trainer.current_epoch, trainer.train_step, trainer.on_epoch_end
 
@@ -204,7 +204,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def test_full_disk_costs_a_warning_until_the_final_checkpoint(own_workspace: Workspace) -> None:
-    name = "DMEDSegTrainer_3epochs_1iters_1valiters_save1_fp32"
+    name = "DMEDSegTrainer_3epochs_1iters_1valiters_save1"
     trainer = make_trainer(MAIN, name)
     fold = own_workspace.model(MAIN, name) / "fold_0"
     plain, full = trainer.save_checkpoint, []

@@ -380,3 +380,32 @@ def test_labeled_percent_moves_training_cases_to_the_unlabelled_ones(tokens: str
     assert len(chosen) == labelled and set(chosen) <= set(train)
     assert set(split.unlabeled) == set(train) - set(chosen)
     assert len(pool.cases) == 10 - labelled
+
+
+@pytest.mark.parametrize(
+    ("tokens", "read", "value"),
+    [
+        ("", lambda n: (n.target_scale, n.noise_seed, n.schedule.name), (0.1, 0, "cosine")),
+        ("bscale0p5", lambda n: n.target_scale, 0.5),
+        ("noise3", lambda n: n.noise_seed, 3),
+        ("linear", lambda n: n.schedule.name, "linear"),
+        ("featuresOnly", lambda n: n.fusion.fuse_predictions, False),
+        ("fixedAverage", lambda n: n.fusion, None),
+        ("halfDE", lambda n: len(n.de.encoder), 2),
+        ("CEonly", lambda n: n.de, None),
+        ("DEonly", lambda n: n.ce, None),
+        ("noIEFA", lambda n: n.project, None),
+    ],
+)
+def test_settings_reach_the_network(tokens: str, read: Any, value: Any) -> None:
+    assert read(ready_trainer(tokens).network) == value
+
+
+@pytest.mark.parametrize(("tokens", "term"), [("tau0p5", "iefa"), ("recycle", "diffusion")])
+def test_settings_reach_the_losses(tokens: str, term: str) -> None:
+    """Same weights, batch and random numbers: that term changes."""
+    plain, other = ready_trainer("noEMA"), ready_trainer(f"noEMA_{tokens}")
+    other.network.load_state_dict(plain.network.state_dict())
+    batch = make_batch(plain)
+    a, b = losses_of(plain, batch), losses_of(other, batch)
+    assert torch.equal(a["sup"], b["sup"]) and not torch.equal(a[term], b[term])

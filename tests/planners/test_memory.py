@@ -1,0 +1,174 @@
+"""The count of a step's memory: against real tensors, against autograd's own hooks, and against published figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from small_plans import DATASET_JSON, plans_for
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnunet_diffext.planners.dry_run import DryRun, estimate
+from nnunet_diffext.planners.memory import CONTEXT, GIB, LiveBytes, StepMemory, count_step, forget_data, size_in_bytes
+from nnunet_diffext.trainers import find_trainer
+
+TRAINER = find_trainer("DMEDSegTrainer")
+
+
+def counted(step: DryRun, precision: torch.dtype | None) -> tuple[int, int, int]:
+    """Bytes that autograd keeps, bytes alive after the forward pass, and the peak."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with LiveBytes() as count:
+        with torch.autograd.graph.saved_tensors_hooks(pack, nn.Identity()):
+            with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+                losses = step.trainer.compute_losses(step.batch())
+        forward = count.live
+        sum(losses.values()).backward()
+    return sum(kept.values()), forward, count.peak
+
+
+def without_data(plans: dict[str, Any], precision: torch.dtype | None) -> tuple[int, int, int]:
+    step = DryRun(TRAINER, plans, "conf", DATASET_JSON, data=False)
+    with FakeTensorMode():
+        forget_data(step.network)
+        forget_data(step.teacher)
+        return counted(step, precision)
+
+
+@pytest.mark.parametrize("patch_size", [(16, 16, 12), (32, 32)])
+def test_tensors_without_data_need_the_same_bytes_as_real_ones(patch_size: tuple[int, ...]) -> None:
+    plans = plans_for(patch_size)
+    real = counted(DryRun(TRAINER, plans, "conf", DATASET_JSON), None)
+    assert without_data(plans, None) == real
+    kept, forward, peak = real
+    assert 0.9 * forward < kept <= forward < peak
+
+
+def test_mixed_precision_is_counted() -> None:
+    plans = plans_for((16, 16, 12))
+    real = counted(DryRun(TRAINER, plans, "conf", DATASET_JSON), torch.bfloat16)
+    fake = without_data(plans, torch.bfloat16)
+    # a real normalisation keeps its statistics in fp32: a few numbers per channel
+    assert [r - f for r, f in zip(real, fake, strict=True)] == pytest.approx([0] * 3, abs=real[0] / 200)
+    assert fake[0] < 0.85 * without_data(plans, None)[0]
+
+
+def test_live_bytes() -> None:
+    with LiveBytes() as count:
+        a = torch.zeros(1000)
+        view = a.view(10, 100)[1:]
+        assert (count.live, count.peak) == (4000, 4000)
+        b = view + 1  # 900 numbers of its own
+        assert count.live == 7600
+        del a
+        assert count.live == 7600, "the view still holds the storage"
+        del view, b
+        assert (count.live, count.peak) == (0, 7600)
+        assert torch.ones(3).sum().item() == 3, "real numbers are read"
+
+
+def test_fixed_memory_is_network_momentum_and_teacher() -> None:
+    plans = plans_for((16, 16, 12))
+    weights = size_in_bytes(DryRun(TRAINER, plans, "conf", DATASET_JSON).network)
+    assert estimate(TRAINER, plans, "conf", DATASET_JSON).fixed == 3 * weights + CONTEXT
+    no_teacher = find_trainer("DMEDSegTrainer_noEMA_momentum0")
+    assert estimate(no_teacher, plans, "conf", DATASET_JSON).fixed == weights + CONTEXT
+
+
+def test_the_estimate_grows_with_patch_and_batch() -> None:
+    sizes = [((16, 16, 12), 2), ((16, 16, 12), 3), ((16, 32, 12), 3), ((32, 32, 24), 3)]
+    totals = [estimate(TRAINER, plans_for(patch, batch), "conf", DATASET_JSON).variable for patch, batch in sizes]
+    assert totals == sorted(totals)
+    per_voxel = [t / (b * p[0] * p[1] * p[2]) for t, (p, b) in zip(totals, sizes, strict=True)]
+    assert max(per_voxel) < 1.2 * min(per_voxel), "guesses in proportion to the size are close"
+
+
+def test_one_expert_needs_less() -> None:
+    plans = plans_for((16, 16, 12))
+    both, half, one = (
+        estimate(find_trainer(f"DMEDSegTrainer{token}"), plans, "conf", DATASET_JSON).variable
+        for token in ("", "_halfDE", "_CEonly")
+    )
+    assert one < half < both
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"labels": {"background": 0, "ball": 1, "ignore": 2}},
+        {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]},
+    ],
+)
+def test_a_real_step_trains(labels: dict[str, Any]) -> None:
+    step = DryRun(TRAINER, plans_for((16, 16, 12)), "conf", {**DATASET_JSON, **labels})
+    before = [p.clone() for p in step.network.parameters()]
+    step.train()
+    assert step.trainer.bad_steps == 0
+    assert all(not torch.equal(a, b) for a, b in zip(before, step.network.parameters(), strict=True))
+
+
+def test_plans_are_not_changed() -> None:
+    plans = plans_for((16, 16, 12))
+    DryRun(TRAINER, plans, "conf", DATASET_JSON, data=False)
+    assert plans == plans_for((16, 16, 12))
+
+
+class StockStep:
+    """A training step of stock nnU-Net: patch 128^3, batch 2, deep supervision, Dice and cross-entropy."""
+
+    momentum, teacher = 0.99, None
+
+    def __init__(self, network_class: type[nn.Module], **kwargs: Any) -> None:
+        stages, patch = 6, 128
+        with torch.device("meta"):
+            self.network = network_class(
+                input_channels=1, num_classes=2, n_stages=stages, features_per_stage=[32, 64, 128, 256, 320, 320],
+                conv_op=nn.Conv3d, kernel_sizes=3, strides=[1, 2, 2, 2, 2, 2], conv_bias=True,
+                norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+                nonlin_kwargs={"inplace": True}, deep_supervision=True, **kwargs,
+            )  # fmt: skip
+        dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+        loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+        self.loss = DeepSupervisionWrapper(loss, [8 / 15, 4 / 15, 2 / 15, 1 / 15, 0])
+        self.scales = [patch // 2**level for level in range(stages - 1)]
+
+    def losses(self) -> Tensor:
+        targets = [torch.zeros(2, 1, s, s, s, dtype=torch.int16) for s in self.scales]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.loss(self.network(torch.zeros(2, 1, *[self.scales[0]] * 3)), targets)
+
+
+@pytest.mark.parametrize(
+    ("network_class", "kwargs", "published"),
+    [
+        (PlainConvUNet, {"n_conv_per_stage": 2, "n_conv_per_stage_decoder": 2}, 7.7),
+        (ResidualEncoderUNet, {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6], "n_conv_per_stage_decoder": 1}, 9.1),
+    ],
+)
+def test_stock_nnunet_comes_close_to_published_figures(
+    network_class: type[nn.Module], kwargs: dict[str, Any], published: float
+) -> None:
+    # nnU-Net's documentation, resenc_presets.md: VRAM of 3d_fullres, default and ResEnc M
+    step = StockStep(network_class, **kwargs)
+    with FakeTensorMode():
+        forget_data(step.network)
+        assert count_step(step).total / GIB == pytest.approx(published, rel=0.1)
+
+
+def test_scaled() -> None:
+    memory = StepMemory(fixed=GIB, variable=2 * GIB, workspace=GIB)
+    assert memory.scaled(1) == memory
+    assert memory.scaled(0.5).total == 2.5 * GIB
+    assert memory.scaled(100).total == 201 * GIB + 2.25 * GIB, "the allowance has a limit"
+    assert StepMemory(GIB, GIB, 0, measured=True).scaled(3).total == 4 * GIB
