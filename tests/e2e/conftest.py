@@ -8,10 +8,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from workspace import (  # noqa: E402
@@ -32,45 +32,40 @@ from synthetic import make_raw_dataset  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """nnU-Net's folders, shared by all tests of this directory; set in the environment as long as they run."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """nnU-Net's folders, shared by all tests of this directory."""
     made = Workspace(tmp_path_factory.mktemp("e2e"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name in FOLDERS:
         (made.root / name).mkdir()
-    yield made
-    torch.set_num_threads(threads)
+    return made
 
 
-@pytest.fixture(scope="session")
-def session_patch(workspace: Workspace) -> Iterator[None]:
-    """What session fixtures need while they work: folders in the environment, threads instead of spawned processes."""
+@contextmanager
+def active(workspace: Workspace) -> Iterator[None]:
+    """Folders in the environment, threads instead of spawned processes."""
     with pytest.MonkeyPatch.context() as patch:
-        _prepare(patch, workspace)
+        for name, folder in workspace.environment.items():
+            patch.setenv(name, folder)
+        patch.setattr(multiprocessing, "get_context", threads_instead_of_spawn)
         yield
 
 
 @pytest.fixture(autouse=True)
-def environment(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for every test."""
-    _prepare(monkeypatch, workspace)
-
-
-def _prepare(patch: pytest.MonkeyPatch, workspace: Workspace) -> None:
-    for name, folder in workspace.environment.items():
-        patch.setenv(name, folder)
-    patch.setattr(multiprocessing, "get_context", threads_instead_of_spawn)
+def environment(workspace: Workspace) -> Iterator[None]:
+    """Every test runs in it."""
+    with active(workspace):
+        yield
 
 
 @pytest.fixture(scope="session")
-def main_dataset(workspace: Workspace, session_patch: None) -> str:
+def main_dataset(workspace: Workspace) -> str:
     """Five labelled cases, two of which the split lists as unlabelled, and two images in ``imagesTu``."""
     make_raw_dataset(workspace.root / "nnUNet_raw", 801, "Main", cases=5, unlabeled=2, shape=(14, 16, 18))
-    file = plan(workspace, MAIN)
-    shrink(file, (12, 12, 12))
-    add_cascade(file)
-    preprocess(MAIN, ["3d_fullres", "2d", "3d_lowres"], unlabeled=True)
+    with active(workspace):
+        file = plan(workspace, MAIN)
+        shrink(file, (12, 12, 12))
+        add_cascade(file)
+        preprocess(MAIN, ["3d_fullres", "2d", "3d_lowres"], unlabeled=True)
     splits = [
         {"train": ["case_000", "case_001"], "val": ["case_004"], "unlabeled": ["case_002", "case_003"]},
         {"train": ["case_001", "case_004"], "val": ["case_000"], "unlabeled": ["case_002", "case_003"]},
@@ -86,7 +81,8 @@ def trained(workspace: Workspace, main_dataset: str) -> Path:
         "nnUNetv2_train", "801", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu", "--npz",
         **workspace.environment,
     )  # fmt: skip
-    train(main_dataset, TRAINER, fold=1)
+    with active(workspace):
+        train(main_dataset, TRAINER, fold=1)
     return workspace.model(main_dataset, TRAINER)
 
 

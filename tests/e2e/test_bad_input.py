@@ -46,7 +46,7 @@ def unlabeled_without_data(folder: Path) -> None:
     edit(folder / "splits_final.json", lambda splits: splits[0]["unlabeled"].append("case_777"))
 
 
-def no_such_fold(folder: Path) -> None:
+def split_of_wrong_type(folder: Path) -> None:
     edit(folder / "splits_final.json", lambda splits: splits.clear() or splits.append({"train": "x", "val": []}))
 
 
@@ -70,12 +70,12 @@ def unknown_network(folder: Path) -> None:
     [
         (no_plans, "nnUNetPlans.json"),
         (no_data, "nnUNetPlans_3d_fullres"),
-        (unlabeled_and_trained_on, r"splits_final.json, fold 0: \['case_001'\] are listed in 'unlabeled' and in 'train'"),
+        (unlabeled_and_trained_on, r"json, fold 0: \['case_001'\] are listed in 'unlabeled' and in 'train'"),
         (unlabeled_and_validated_on, r"fold 0: \['case_004'\] are listed in 'unlabeled' and in 'val'"),
         (validated_on_image_in_unlabeled_folder, r"holds \['case_004'\], which fold 0 uses as"),
         (unlabeled_without_data, r"\['case_777'\] are neither in .* Run nnUNetv2_preprocess -d 801"),
-        (no_such_fold, "fold 0: 'train' must be a list"),
-        (patch_that_strides_do_not_divide, r"Patch size \[12, 13, 12\] is not divisible .* for example to \[12, 12, 12\]"),
+        (split_of_wrong_type, "fold 0: 'train' must be a list"),
+        (patch_that_strides_do_not_divide, r"Patch size \[12, 13, 12\] is not divisible .* to \[12, 12, 12\]"),
         (unknown_setting, r"Unknown setting\(s\) \['lambda_cak'\] .* Known: epochs, iterations"),
         (unknown_network, "no.such.Network"),
     ],

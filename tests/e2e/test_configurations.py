@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from workspace import MAIN, Workspace, curves, log_of, plan, predict, preprocess, shrink, train
+from workspace import MAIN, Workspace, curves, log_of, make_trainer, plan, predict, preprocess, shrink, train
 
 from synthetic import make_raw_dataset
 
@@ -61,7 +61,7 @@ def test_lowres_on_all_cases_and_the_cascade_on_top(
     assert log.count("2 unlabelled cases are left out: the previous stage has not") == 1
 
 
-def test_anisotropic_regions_of_two_channels(workspace: Workspace, tmp_path: Path, session_patch: None) -> None:
+def test_anisotropic_regions_of_two_channels(workspace: Workspace, tmp_path: Path) -> None:
     """Dummy 2D augmentation, overlapping sigmoid regions, nonzero masks; no fold lists unlabelled cases."""
     dataset = "Dataset802_Regions"
     raw = make_raw_dataset(
@@ -82,7 +82,7 @@ def test_anisotropic_regions_of_two_channels(workspace: Workspace, tmp_path: Pat
     assert weights["ce.encoder.0.0.convs.0.conv.weight"].shape[1] == 2
 
 
-def test_ignore_label_with_residual_encoder(workspace: Workspace, tmp_path: Path, session_patch: None) -> None:
+def test_ignore_label_with_residual_encoder(workspace: Workspace, tmp_path: Path) -> None:
     """A case that carries the ignore label only is trained on as an unlabelled one, without any imagesTu."""
     dataset, plans = "Dataset803_Ignore", "nnUNetResEncUNetMPlans"
     raw = make_raw_dataset(
@@ -100,7 +100,7 @@ def test_ignore_label_with_residual_encoder(workspace: Workspace, tmp_path: Path
     assert "2 labelled and 2 unlabelled training cases, 2 of which hold the ignore label only." in log
 
 
-def test_supervised_without_unlabeled_images(workspace: Workspace, tmp_path: Path, session_patch: None) -> None:
+def test_supervised_without_unlabeled_images(workspace: Workspace, tmp_path: Path) -> None:
     """Regions with an ignore label, images that are 2D only, nnU-Net's own split; said once that this is supervised."""
     dataset = "Dataset804_Flat"
     raw = make_raw_dataset(
@@ -136,3 +136,12 @@ def test_stock_trainer_reads_the_same_split(workspace: Workspace, main_dataset: 
     train(main_dataset, name)
     assert "This split has 2 training and 1 validation cases." in log_of(workspace.model(MAIN, name) / "fold_0")
     assert {len(v) for v in curves(workspace.model(MAIN, name) / "fold_0" / "checkpoint_final.pth").values()} == {2}
+
+
+def test_share_of_the_labels_on_all_cases(main_dataset: str) -> None:
+    """Fold ``all`` has no entry in the split file, so a percentage is taken of every labelled case."""
+    trainer = make_trainer(main_dataset, "DMEDSegTrainer_40percent", fold="all")
+    train_ids, val_ids = trainer.do_split()
+    assert sorted(train_ids) == ["case_000", "case_001"] and len(val_ids) == 5
+    _, pool = trainer._find_splits([], [])
+    assert sorted(pool.cases) == ["case_002", "case_003", "case_004", "extra_000", "extra_001"]

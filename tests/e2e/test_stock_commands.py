@@ -118,12 +118,17 @@ def test_several_folds_predict_together(trained: Path, test_images: Path, tmp_pa
         np.testing.assert_allclose(mean[1] - mean[0], (first + second)[1] / 2 - (first + second)[0] / 2, atol=2e-2)
 
 
-def test_validation_can_be_repeated(trained: Path) -> None:
-    summary = trained / "fold_1" / "validation" / "summary.json"
+@pytest.mark.parametrize("option", ["only_run_validation", "continue_training"])
+def test_finished_training_can_be_validated_again(trained: Path, option: str) -> None:
+    """``--val``, and ``--c`` on a finished training, which has no epoch left."""
+    fold = trained / "fold_1"
+    summary = fold / "validation" / "summary.json"
     before = json.loads(summary.read_text())["foreground_mean"]
+    logged = curves(fold / "checkpoint_final.pth")
     summary.unlink()
-    train(MAIN, TRAINER, fold=1, only_run_validation=True)
+    train(MAIN, TRAINER, fold=1, **{option: True})
     assert json.loads(summary.read_text())["foreground_mean"] == before
+    assert curves(fold / "checkpoint_final.pth") == logged
 
 
 def test_pretrained_weights_start_a_training(workspace: Workspace, trained: Path) -> None:

@@ -132,7 +132,7 @@ def train(
 
 
 def make_trainer(
-    dataset: str, trainer: str, configuration: str = "3d_fullres", fold: int = 0, resume: bool = False
+    dataset: str, trainer: str, configuration: str = "3d_fullres", fold: int | str = 0, resume: bool = False
 ) -> Any:
     """The trainer as ``nnUNetv2_train`` makes it, with ``--c`` if ``resume``."""
     made = get_trainer_from_args(dataset, configuration, fold, trainer, PLANS, resume, device=CPU)
