@@ -22,7 +22,7 @@ from nnunet_diffext.planners import plans_file
 from nnunet_diffext.planners.dry_run import estimate, measure
 from nnunet_diffext.planners.memory import GIB, StepMemory, can_measure
 from nnunet_diffext.planners.search import MIN_BATCH, Known, Sizes, largest_sizes
-from nnunet_diffext.planners.topology import Topology, topologies
+from nnunet_diffext.planners.topology import Topology, require_unet, topologies
 from nnunet_diffext.settings import PLANS_KEY
 from nnunet_diffext.trainers import find_trainer
 
@@ -57,7 +57,7 @@ class Planned:
             parts["cuDNN and allocator"] = self.memory.workspace
         return (
             f"  patch {_times(self.patch_size)}, batch {self.batch_size}: {self.memory} = "
-            + " + ".join(f"{value / GIB:.1f} {what}" for what, value in parts.items())
+            + " + ".join(f"{value / GIB:.2f} {what}" for what, value in parts.items())
             + f"\n  The base plans' patch {_times(self.base_patch_size)}, batch {self.base_batch_size}, would need "
             f"{self.base_memory}.\n  Data: {self.data_identifier}"
         )
@@ -116,7 +116,8 @@ class DiffextPlanner:
         self.measures = device is not None and can_measure(device, self.target)
         self.device = device or torch.device("cpu")
         self.results: dict[str, Planned] = {}
-        self._estimates: dict[str, StepMemory] = {}
+        self.estimates: dict[str, StepMemory] = {}
+        """What was estimated so far. Planners that differ in target and name only may share it."""
 
     @property
     def target(self) -> float:
@@ -154,6 +155,7 @@ class DiffextPlanner:
         """Add one configuration to the plans. What inherits its sizes keeps doing so, if they fit."""
         own = deepcopy(self.base["configurations"][name])
         base = PlansManager(self.base).get_configuration(name).configuration
+        require_unet(base["architecture"])
         base_memory = self._estimate(_with(plans, name, base), name)
         plans["configurations"][name] = own
         memory = None
@@ -217,9 +219,9 @@ class DiffextPlanner:
         configuration = PlansManager(dict(plans)).get_configuration(name).configuration
         # 3d_fullres and 3d_lowres often come to the same sizes
         key = json.dumps([*(configuration[k] for k in SIZE_KEYS), "previous_stage" in configuration])
-        if key not in self._estimates:
-            self._estimates[key] = estimate(self.trainer_class, plans, name, self.dataset_json)
-        return self._estimates[key]
+        if key not in self.estimates:
+            self.estimates[key] = estimate(self.trainer_class, plans, name, self.dataset_json)
+        return self.estimates[key]
 
     def _find_trainer(self, name: str) -> type:
         try:

@@ -66,7 +66,7 @@ class StepMemory:
         return self.fixed + self.variable + self.workspace
 
     def __str__(self) -> str:
-        return f"{self.total / GIB:.1f} GB ({'measured' if self.measured else 'estimated'})"
+        return f"{self.total / GIB:.2f} GB ({'measured' if self.measured else 'estimated'})"
 
     def scaled(self, factor: float) -> StepMemory:
         """A guess at the memory for ``factor`` times as many voxels."""

@@ -45,13 +45,9 @@ class Topology:
 
         Args:
             planned: the block of the base plans. Widths and numbers of convolutions go on as they begin there.
-
-        Raises:
-            ValueError: if it does not describe a U-Net by stages.
         """
         block = deepcopy(dict(planned))
         kwargs = block["arch_kwargs"]
-        _require_unet(block)
         stages = len(self.strides)
         widest = max(MAX_FEATURES[len(self.patch_size)], *kwargs["features_per_stage"])
         kwargs["n_stages"] = stages
@@ -118,7 +114,8 @@ def _repeated(values: Sequence[int], count: int) -> list[int]:
     return [values[min(i, len(values) - 1)] for i in range(count)]
 
 
-def _require_unet(block: Mapping[str, Any]) -> None:
+def require_unet(block: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if the ``architecture`` block of a plans file describes no U-Net stage by stage."""
     needed = ("n_stages", "features_per_stage", "strides", "kernel_sizes")
     missing = [key for key in needed if key not in block["arch_kwargs"]]
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,15 @@ class Demo:
         from nnunet_diffext.demo.pictures import draw_case
         from nnunet_diffext.inference.experts import expert_maps
 
+        print("drawing the test cases", flush=True)
         *_, method = trainers.values()
         model = Path(self.env["nnUNet_results"]) / DATASET / f"{method}__{PLANS}__{CONFIGURATION}"
         files = []
         for case in self.test_cases():
             image = self.raw / "imagesTs" / f"{case}_0000{FILE_ENDING}"
             name = case + FILE_ENDING
-            with in_environment(self.env):
+            # nnU-Net's finder and predictor print a dozen lines per call.
+            with in_environment(self.env), open(self.out / "logs" / "draw.log", "a") as log, redirect_stdout(log):
                 maps = expert_maps(model, [str(image)], fold=0, device=self.options.device)
             predicted = {title: self.predictions(trainer) / name for title, trainer in trainers.items()}
             files.append(self.out / "pictures" / f"{case}.png")

@@ -9,8 +9,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -42,11 +44,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @contextmanager
 def active(workspace: Workspace) -> Iterator[None]:
-    """Folders in the environment, threads instead of spawned processes."""
+    """Folders in the environment; what only costs time is made cheaper: processes are threads, plots are small."""
     with pytest.MonkeyPatch.context() as patch:
         for name, folder in workspace.environment.items():
             patch.setenv(name, folder)
         patch.setattr(multiprocessing, "get_context", threads_instead_of_spawn)
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+        patch.setitem(matplotlib.rcParams, "savefig.dpi", 10)
         yield
 
 

@@ -146,7 +146,7 @@ def make_trainer(
     plans: dict[str, Any] | None = None,
     fold: int | str = 0,
 ) -> Any:
-    """A trainer on the CPU in fp32, not initialised yet. The nnU-Net folders of the environment are used."""
+    """A trainer on the CPU, not initialised yet. The nnU-Net folders of the environment are used."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / DATASET / "nnUNetPlans_tiny"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case_000.b2nd").touch()

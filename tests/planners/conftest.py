@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
@@ -16,34 +14,9 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from planned_dataset import NAME, NUMBER, SHAPE, SPACING, TRAINING_CASES, Planned  # noqa: E402
+
 from synthetic import make_raw_dataset  # noqa: E402
-
-NUMBER, NAME = 961, "Dataset961_Plan"
-TRAINING_CASES = 40
-SHAPE, SPACING = (24, 32, 32), (1.0, 1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A dataset that nnU-Net has planned; a test may change its files."""
-
-    raw: Path
-    folder: Path
-
-    def read(self, name: str) -> dict[str, Any]:
-        return json.loads((self.folder / f"{name}.json").read_text())
-
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / f"{name}.json").write_text(json.dumps(content))
-
-    def add_cascade(self) -> None:
-        """Give the plans a low-resolution stage and a cascade, as nnU-Net writes them."""
-        plans = self.read("nnUNetPlans")
-        full = plans["configurations"]["3d_fullres"]
-        lowres = {**full, "data_identifier": "nnUNetPlans_3d_lowres", "next_stage": "3d_cascade_fullres"}
-        plans["configurations"]["3d_lowres"] = lowres
-        plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-        self.write("nnUNetPlans", plans)
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_names_are_parsed_from_the_left() -> None:
     assert split_name("_A", bases) is None
 
 
-@pytest.mark.parametrize("name", ["DMEDSegTrainer__5epochs", "DMEDSegTrainer_5epochs_", "DMEDSegTrainer_5epochs__fp32"])
+@pytest.mark.parametrize("name", ["DMEDSegTrainer__noEMA", "DMEDSegTrainer_noEMA_", "DMEDSegTrainer_noEMA__noIEFA"])
 def test_names_with_two_underscores_are_impossible(name: str) -> None:
     """nnU-Net splits ``<trainer>__<plans>__<configuration>`` at them."""
     with pytest.raises(UnknownTokenError, match="Unknown token ''"):

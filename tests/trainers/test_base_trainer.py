@@ -55,24 +55,28 @@ def test_no_deep_supervision_anywhere() -> None:
     assert isinstance(trainer.network.eval()(make_batch(trainer)["data"]), Tensor)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "kind", "mixed"),
-    [("", "2d", True), ("", "3d-aniso", True), ("", "3d", False), ("fp32", "2d", False)],
-)
-def test_mixed_precision_on_cpus(tokens: str, kind: str, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor has it, the name does not forbid it, and no stage of a 3D plan is two slices deep."""
-    monkeypatch.setattr(base, "cpu_computes_bfloat16", lambda: True)
-    with make_trainer(tokens, kind).autocast():
-        assert torch.is_autocast_enabled("cpu") == mixed
-    monkeypatch.setattr(base, "cpu_computes_bfloat16", lambda: False)
-    with make_trainer(tokens, kind).autocast():
-        assert not torch.is_autocast_enabled("cpu")
+@pytest.mark.parametrize("kind", ["2d", "3d-aniso"])
+def test_bfloat16_only_on_request(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for tokens, mixed in (("", False), ("bf16", True)):
+        with ready_trainer(tokens, kind).autocast():
+            assert torch.is_autocast_enabled("cpu") == mixed
+
+
+def test_bfloat16_is_refused_where_it_is_wrong_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work: a stage of two slices, a processor that only emulates it."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    with pytest.raises(ValueError, match=r"'bf16'.*two slices \(depths \[8, 4, 2\]\).*Leave the token out"):
+        make_trainer("bf16", "3d").initialize()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="'bf16'.*does not compute bfloat16 natively"):
+        make_trainer("bf16", "2d").initialize()
 
 
 # ------------------------------------------------------------------ non-finite steps
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_step_is_skipped_and_counted(poison: float) -> None:
-    trainer = ready_trainer("fp32")
+    trainer = ready_trainer()
     trainer.train_step(make_batch(trainer))
     before, momentum = parameters_of(trainer.network), pickle.dumps(trainer.optimizer.state_dict()["state"])
     batch = make_batch(trainer)
@@ -88,7 +92,7 @@ def test_non_finite_step_is_skipped_and_counted(poison: float) -> None:
 
 
 def test_training_that_cannot_recover_is_given_up() -> None:
-    trainer = ready_trainer("fp32_CEonly")
+    trainer = ready_trainer("CEonly")
     batch = make_batch(trainer, unlabeled=False)
     batch["data"][:] = torch.nan
     for _ in range(base.MAX_BAD_STEPS - 1):
@@ -110,7 +114,7 @@ def test_teacher_equals_the_student_at_the_start() -> None:
 
 def test_teacher_moves_by_the_formula() -> None:
     """``d teacher + (1 - d) student`` with ``d = min(1 - 1 / (step + 2), ema_decay)``, steps counted from 0."""
-    trainer = ready_trainer("fp32_ema0p7_1epochs_10iters_lr1e-1")
+    trainer = ready_trainer("ema0p7_1epochs_10iters_lr1e-1")
     expected = {k: v.double() for k, v in trainer.network.state_dict().items()}
     for decay in (1 / 2, 2 / 3, 0.7, 0.7):
         trainer.train_step(make_batch(trainer))
@@ -143,7 +147,7 @@ def test_no_teacher_where_nobody_asks_it(tokens: str, unlabeled: bool) -> None:
 def test_round_trip(tmp_path: Path) -> None:
     """Same network, optimiser, teacher, counters and random numbers, hence the same next step."""
     file = str(tmp_path / "checkpoint_latest.pth")
-    trainer = ready_trainer("fp32_5epochs_2iters")
+    trainer = ready_trainer("5epochs_2iters")
     an_epoch(trainer)
     trainer.bad_steps = 3
     trainer.save_checkpoint(file)
@@ -152,7 +156,7 @@ def test_round_trip(tmp_path: Path) -> None:
     trainer.on_train_epoch_start()
     report = trainer.train_step(make_batch(trainer, seed=9))
 
-    resumed = make_trainer("fp32_5epochs_2iters")
+    resumed = make_trainer("5epochs_2iters")
     resumed.load_checkpoint(file)
     assert resumed.current_epoch == 1 and resumed.bad_steps == 3
     assert resumed.global_step == 2
@@ -166,11 +170,11 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_checkpoint_holds_the_teacher_outside_of_the_weights(tmp_path: Path) -> None:
     file = str(tmp_path / "checkpoint_final.pth")
-    trainer = ready_trainer("fp32_2iters")
+    trainer = ready_trainer("2iters")
     an_epoch(trainer)
     trainer.save_checkpoint(file)
     checkpoint = read_safely(file)
-    assert checkpoint["trainer_name"] == "DMEDSegTrainer_fp32_2iters"
+    assert checkpoint["trainer_name"] == "DMEDSegTrainer_2iters"
     assert equal(checkpoint["network_weights"], trainer.network.state_dict())
     assert equal(checkpoint["diffext_teacher"], trainer.teacher.state_dict())
     assert not equal(checkpoint["network_weights"], checkpoint["diffext_teacher"])
@@ -188,7 +192,7 @@ def test_checkpoint_holds_the_teacher_outside_of_the_weights(tmp_path: Path) -> 
 def test_logged_curves_survive(tmp_path: Path) -> None:
     """Each loss has its curve; one that appears later is filled up with NaN."""
     file = str(tmp_path / "checkpoint_latest.pth")
-    trainer = ready_trainer("fp32_2iters")
+    trainer = ready_trainer("2iters")
     an_epoch(trainer)
     trainer.current_epoch += 1
     curves = trainer.logger.local_logger.my_fantastic_logging
@@ -197,7 +201,7 @@ def test_logged_curves_survive(tmp_path: Path) -> None:
     assert len(curves["train_late"]) == 2 and np.isnan(curves["train_late"][0])
     trainer.current_epoch -= 1
     trainer.save_checkpoint(file)
-    resumed = make_trainer("fp32_2iters")
+    resumed = make_trainer("2iters")
     resumed.load_checkpoint(file)
     loaded = resumed.logger.local_logger.my_fantastic_logging
     assert loaded["train_sup"] == curves["train_sup"] and np.isfinite(loaded["train_sup"]).all()

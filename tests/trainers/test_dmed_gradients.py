@@ -31,7 +31,7 @@ def without_effect(net: nn.Module) -> set[str]:
 
 def gradients(tokens: str, kind: str, steps: int, unlabeled: bool = True) -> tuple[nn.Module, dict[str, float]]:
     """Largest gradient of every parameter in the last of a few training steps."""
-    trainer = ready_trainer("_".join(t for t in (tokens, "fp32") if t), kind)
+    trainer = ready_trainer(tokens, kind)
     for step in range(steps):
         report = trainer.train_step(make_batch(trainer, unlabeled=unlabeled, seed=step))
     assert torch.isfinite(torch.tensor(float(report["loss"])))
@@ -73,7 +73,7 @@ def test_zero_only_where_the_weight_is_zero(tokens: str) -> None:
 
 def test_parameters_called_without_effect_have_none() -> None:
     """The exception above is a statement about the network, so it is checked: shifting them changes nothing."""
-    trainer = ready_trainer("fp32")
+    trainer = ready_trainer()
     net = trainer.network.eval()
     image = make_batch(trainer)["data"]
     with torch.no_grad():
