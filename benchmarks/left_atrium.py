@@ -156,7 +156,7 @@ def train(run: Run, dataset: str, env: dict[str, str], work: Path) -> tuple[Path
     """Train unless the final validation of this run exists. Returns the fold folder and what was measured."""
     output = Path(env["nnUNet_results"]) / dataset / f"{run.trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{run.fold}"
     record = output / "benchmark_run.json"
-    if (output / "validation" / "summary.json").is_file():
+    if (output / "validation" / "summary.json").is_file() and record.is_file():
         print(f"{run.name} seed {run.seed}: finished before, not repeated ({output})", flush=True)
         return output, load_json(record)
     if output.is_dir():

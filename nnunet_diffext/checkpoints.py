@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -30,7 +31,8 @@ def write_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         kept = "The previous version is still in place." if path.exists() else "No older version exists."
         raise CheckpointError(
             f"Could not write {path}: {error}. Free disk space or check permissions. {kept}"
@@ -51,7 +53,7 @@ def read_safely(path: str | Path, map_location: str | torch.device = "cpu") -> d
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a plain checkpoint and was not loaded, because reading it could run code: {error}"
+            f"{path} is damaged or holds more than plain data; it was not loaded, because that could run code: {error}"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise CheckpointError(

@@ -8,6 +8,7 @@ nnU-Net copies into the model folder and hands to ``build_network_architecture``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
@@ -15,7 +16,10 @@ from typing import Any, ClassVar, TypeVar
 S = TypeVar("S", bound="TrainingSettings")
 
 PLANS_KEY = "diffext"
-"""Key of the plans dictionary under which the settings of all methods live."""
+"""Key of the plans dictionary under which the settings of all methods live, by trainer name."""
+
+LABELS_KEY, PLANNER_KEY = "label_space", "planner"
+"""What else lives there: the label space, which prediction needs, and a planner's notes."""
 
 
 class SettingsError(ValueError):
@@ -64,7 +68,8 @@ class TrainingSettings:
     momentum: float = setting(0.99, "Nesterov momentum of SGD", number="momentum#", minimum=0, maximum=1)
     save_every: int = setting(50, "epochs between two writes of checkpoint_latest.pth", number="save#", minimum=1)
     seed: int | None = setting(
-        None, "seed of initialisation and noise; data order still depends on the workers", number="seed#"
+        None, "seed of initialisation and noise; data order still depends on the workers",
+        number="seed#", minimum=0, maximum=2**63 - 1,
     )
 
     def __post_init__(self) -> None:
@@ -119,6 +124,8 @@ def _check(f: Field, value: Any, owner: str) -> None:
     accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind, object)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind in ("int", "float")):
         raise SettingsError(f"{owner}.{f.name} must be of type {f.type}, got {value!r} ({f.metadata['doc']}).")
+    if kind == "float" and not math.isfinite(value):
+        raise SettingsError(f"{owner}.{f.name} must be finite, got {value!r} ({f.metadata['doc']}).")
     choices, low, high = (f.metadata.get(k) for k in ("choices", "minimum", "maximum"))
     if choices and value not in choices:
         raise SettingsError(f"{owner}.{f.name} must be one of {choices}, got {value!r} ({f.metadata['doc']}).")

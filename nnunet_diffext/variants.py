@@ -8,6 +8,7 @@ from its presets. Numbers are written without a dot, because Python pickles clas
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields
@@ -47,7 +48,11 @@ def parse_tokens(settings: type[TrainingSettings], tokens: Iterable[str], name: 
     explicit: dict[str, tuple[str, Any]] = {}
     for token in tokens:
         if token in settings.presets:
-            values.update(settings.presets[token][1])
+            preset = settings.presets[token][1]
+            clash = sorted(k for k in preset if values.get(k, preset[k]) != preset[k])
+            if clash:
+                raise SettingsError(f"Token '{token}' of '{name}' contradicts a token before it on {', '.join(clash)}.")
+            values.update(preset)
             continue
         field_name, value = _match_field(settings, token, name)
         if field_name in explicit and explicit[field_name][1] != value:
@@ -67,7 +72,11 @@ def _match_field(settings: type[TrainingSettings], token: str, name: str) -> tup
             match = re.fullmatch(f.metadata["number"].replace("#", NUMBER), token)
             if match:
                 number = float(match.group(1).replace("p", "."))
+                if not math.isfinite(number):
+                    raise SettingsError(f"Token '{token}' of '{name}' is too large a number for '{f.name}'.")
                 if str(f.type).startswith("int"):
+                    if match.group(1).isdigit():
+                        return f.name, int(match.group(1))
                     if number != int(number):
                         raise SettingsError(f"Token '{token}' of '{name}' needs a whole number for '{f.name}'.")
                     number = int(number)

@@ -28,6 +28,9 @@ from nnunet_diffext.trainers import find_trainer
 
 MAX_SHARE = 0.05
 """nnU-Net's rule: a batch of more than MIN_BATCH samples covers at most this share of the training cases' voxels."""
+FEW, MANY = 8, 16
+"""Memory grows linearly with the batch. Above MANY it is extrapolated from these two, because trainers handle samples one
+by one here and there, and on tensors without data every operation takes the same time."""
 SIZE_KEYS = ("patch_size", "batch_size", "architecture")
 
 
@@ -217,6 +220,9 @@ class DiffextPlanner:
 
     def _estimate(self, plans: Mapping[str, Any], name: str) -> StepMemory:
         configuration = PlansManager(dict(plans)).get_configuration(name).configuration
+        if configuration["batch_size"] > MANY:
+            few, many = (self._estimate(_with(plans, name, {**configuration, "batch_size": b}), name) for b in (FEW, MANY))
+            return few.extrapolated(many, (configuration["batch_size"] - FEW) / (MANY - FEW))
         # 3d_fullres and 3d_lowres often come to the same sizes
         key = json.dumps([*(configuration[k] for k in SIZE_KEYS), "previous_stage" in configuration])
         if key not in self.estimates:

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.planners.memory import StepMemory, count_step, forget_data, measure_step
-from nnunet_diffext.settings import PLANS_KEY
-from nnunet_diffext.trainers.base import LABELS_KEY, DiffextTrainer
+from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
+from nnunet_diffext.trainers.base import DiffextTrainer
 
 
 class DryRun:

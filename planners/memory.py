@@ -25,9 +25,10 @@ CONTEXT = int(0.75 * GIB)
 """CUDA context, library handles and rounding, in bytes."""
 
 WORKSPACE_SHARE, WORKSPACE_LIMIT = 0.5, int(2.25 * GIB)
-"""cuDNN workspaces and cached blocks, relative to the counted tensors and in bytes. With these, the count for stock
-nnU-Net (patch 128^3, batch 2) comes to 7.6 GB for PlainConvUNet and 9.7 GB for ResEnc M, where nnU-Net's documentation
-(resenc_presets.md, nvidia-smi) reports 7.7 and 9.1. It does not say for which patch size."""
+"""cuDNN workspaces, cached blocks and one feature map (autograd copies the gradient of an in-place activation once more
+if there is data), relative to the counted tensors and in bytes. With these, the count for stock nnU-Net (patch 128^3,
+batch 2) comes to 7.6 GB for PlainConvUNet and 9.7 GB for ResEnc M, where nnU-Net's documentation (resenc_presets.md,
+nvidia-smi) reports 7.7 and 9.1. It does not say for which patch size."""
 
 
 class Step(Protocol):
@@ -72,6 +73,11 @@ class StepMemory:
         """A guess at the memory for ``factor`` times as many voxels."""
         variable = int(factor * self.variable)
         return replace(self, variable=variable, workspace=0 if self.measured else workspace_for(variable))
+
+    def extrapolated(self, other: StepMemory, position: float) -> StepMemory:
+        """An estimate on the line from this one (position 0) through ``other`` (position 1)."""
+        variable = self.variable + int(position * (other.variable - self.variable))
+        return replace(self, variable=variable, workspace=workspace_for(variable))
 
 
 def workspace_for(variable: int) -> int:

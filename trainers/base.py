@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +17,9 @@ from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_atomi
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.segmentation import dice_ce_loss
 from nnunet_diffext.networks.architecture import Architecture
-from nnunet_diffext.settings import PLANS_KEY
+from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
 from nnunet_diffext.trainers.configured import CUDA, ConfiguredTrainer
 
-LABELS_KEY = "label_space"
 MAX_BAD_STEPS = 50
 """Consecutive steps with non-finite gradients after which a training is given up."""
 
@@ -36,14 +36,10 @@ class DiffextTrainer(ConfiguredTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
         self.teacher: nn.Module | None = None
-        self.bad_steps = self.bad_steps_in_a_row = 0
+        self.bad_steps = self.bad_steps_in_a_row = self._bad_steps_said = 0
         labels = self.label_manager
         self.label_space = LabelSpace(labels.num_segmentation_heads, labels.has_regions, labels.ignore_label)
-        self.plans_manager.plans[PLANS_KEY][LABELS_KEY] = {
-            "num_heads": self.label_space.num_heads,
-            "regions": self.label_space.regions,
-            "ignore_label": self.label_space.ignore_label,
-        }
+        self.plans_manager.plans[PLANS_KEY][LABELS_KEY] = asdict(self.label_space)
         if self.reference:
             self.print_to_log_file(f"Please also cite: {self.reference}\n", add_timestamp=False)
 
@@ -134,8 +130,8 @@ class DiffextTrainer(ConfiguredTrainer):
             raise ValueError("Token 'bf16': this CPU does not compute bfloat16 natively. Leave the token out.")
         if len(patch) == 3 and 2 in depths:
             raise ValueError(
-                f"Token 'bf16': some stage of this network sees two slices (depths {depths.tolist()}), for which PyTorch's "
-                "CPU convolutions compute wrong gradients in bfloat16. Leave the token out, or change the patch size."
+                f"Token 'bf16': some stage of this network sees two slices (depths {depths.tolist()}), for which "
+                "PyTorch's CPU convolutions compute wrong bfloat16 gradients. Leave the token out, or change the patch."
             )
 
     def train_step(self, batch: dict) -> dict:
@@ -174,7 +170,7 @@ class DiffextTrainer(ConfiguredTrainer):
             raise FloatingPointError(
                 f"{MAX_BAD_STEPS} steps in a row had non-finite gradients (losses of the last one: {values}). "
                 "Lower the learning rate (token lr1e-3) and check the images for extreme values; "
-                f"the last good checkpoint is in {self.output_folder}."
+                f"checkpoints, if any, are in {self.output_folder}."
             )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -184,8 +180,9 @@ class DiffextTrainer(ConfiguredTrainer):
         for name, value in parts.items():
             self._log(f"train_{name}", value)
         self.print_to_log_file("losses", ", ".join(f"{k} {v:.4f}" for k, v in parts.items()))
-        if self.bad_steps:
+        if self.bad_steps > self._bad_steps_said and self.grad_scaler is None:  # a scaler skips steps as a rule
             self.print_to_log_file(f"WARNING: {self.bad_steps} steps with non-finite gradients were skipped so far.")
+            self._bad_steps_said = self.bad_steps
 
     def _log(self, key: str, value: float) -> None:
         """Log a key that nnU-Net's logger does not know; epochs before its first value are filled with NaN."""
@@ -215,6 +212,8 @@ class DiffextTrainer(ConfiguredTrainer):
     def extra_checkpoint(self) -> dict[str, Any]:
         """What a resumed training needs beyond nnU-Net's checkpoint."""
         extra: dict[str, Any] = {"diffext_bad_steps": self.bad_steps, "diffext_rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            extra["diffext_cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if self.teacher is not None:
             extra["diffext_teacher"] = self.teacher.state_dict()
         return extra
@@ -243,6 +242,10 @@ class DiffextTrainer(ConfiguredTrainer):
         self.bad_steps = checkpoint.get("diffext_bad_steps", 0)
         if "diffext_rng" in checkpoint and self.local_rank == 0:  # the ranks must go on drawing different noise
             torch.set_rng_state(checkpoint["diffext_rng"])
+        if "diffext_cuda_rng" in checkpoint and self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["diffext_cuda_rng"], self.device)
+        if self.local_rank > 0:  # the file holds the state of rank 0
+            torch.manual_seed(torch.initial_seed() + self.local_rank + 1_000_003 * self.current_epoch)
         if "diffext_teacher" in checkpoint:
             self.start_teacher().load_state_dict(checkpoint["diffext_teacher"])
 

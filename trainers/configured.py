@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_diffext.settings import PLANS_KEY, TrainingSettings
+from nnunet_diffext.settings import LABELS_KEY, PLANNER_KEY, PLANS_KEY, SettingsError, TrainingSettings
+from nnunet_diffext.trainers import TRAINERS
 
 CUDA = torch.device("cuda")
 
@@ -28,6 +30,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         blocks = plans.setdefault(PLANS_KEY, {})
+        check_blocks(blocks)
         self.settings = self.Settings.resolve(blocks.get(self.base_name), self.overrides)
         blocks[self.base_name] = self.settings.as_dict()
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -38,7 +41,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = s.val_iterations
         self.save_every = s.save_every
         if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "").isdigit():
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # nnU-Net takes all cores, also of a shared machine
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # nnU-Net takes every core of the machine
         if s.seed is not None:
             seed_everything(s.seed + self.local_rank)
 
@@ -52,6 +55,18 @@ class ConfiguredTrainer(nnUNetTrainer):
             nesterov=self.settings.momentum > 0,
         )
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+
+def check_blocks(blocks: Mapping[str, Any]) -> None:
+    """Refuse a misspelt trainer name among the settings of a plans file: its settings would be ignored silently.
+
+    Raises:
+        SettingsError: naming the unknown keys and the known ones.
+    """
+    known = {*TRAINERS, LABELS_KEY, PLANNER_KEY}
+    unknown = sorted(set(blocks) - known)
+    if unknown:
+        raise SettingsError(f"Unknown key(s) {unknown} in the plans' '{PLANS_KEY}' block. Known: {sorted(known)}.")
 
 
 def seed_everything(seed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffext.data.mixing import paste, random_cuboid
+from nnunet_diffext.data.mixing import invert_half, paste, random_cuboid
 from nnunet_diffext.losses.contrastive import inter_expert_alignment
 from nnunet_diffext.losses.schedules import gaussian_ramp
 from nnunet_diffext.networks.dmed import EXPERTS, FUSIONS, DMEDNet, DMEDOutput
@@ -136,6 +136,11 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             noise_seed=s.noise_seed,
         )
 
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Only two losses do."""
+        return self.settings.lambda_cac > 0 or self.settings.lambda_iefa > 0
+
     # ------------------------------------------------------------------ losses
     def loss_weights(self) -> Mapping[str, float]:
         """Eq. 5, with the ramp on the consistency terms and the terms that eq. 4 leaves out."""
@@ -154,6 +159,11 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         """Share of the training that is done, in [0, 1]."""
         return self.global_step / (self.num_epochs * self.num_iterations_per_epoch)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether labelled and unlabelled images are pasted into each other. Without pseudo-labels, nothing is."""
+        return self.settings.copy_paste > 0 and self.settings.lambda_cac > 0
+
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``sup`` (eq. 4), ``cac`` (eq. 2), ``iefa`` (eq. 3), their counterparts on the experts, and ``diffusion``.
 
@@ -164,17 +174,18 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         clean, valid = self.label_space.encode(batch["target"])
         valid = valid.to(clean.dtype)
         image, target, labeled, pseudo = labeled_image, clean, valid, None
-        if "unlabeled" in batch and (s.lambda_cac > 0 or s.lambda_iefa > 0):
+        if "unlabeled" in batch:
             image, target, labeled, pseudo = self.with_unlabeled(labeled_image, clean, valid, batch["unlabeled"])
 
         diffusion = {}
         if s.diffusion_weight > 0:
-            half = (len(labeled_image) + 1) // 2  # as many labels as a batch of the paper's holds: 2 of 4
-            diffusion = {"clean": clean[:half], "clean_image": labeled_image[:half], "recycle": s.recycle}
+            # half of the batch, as in the paper; drawn, because nnU-Net puts samples with forced foreground last
+            chosen = torch.randperm(len(labeled_image))[: (len(labeled_image) + 1) // 2]
+            diffusion = {"clean": clean[chosen], "clean_image": labeled_image[chosen], "recycle": s.recycle}
         out: DMEDOutput = self.network(image, leaky=target if s.leaky else None, **diffusion)
 
         # a mixed patch holds pieces of two images, often without foreground: their Dice means little one by one
-        pool = pseudo is not None
+        pool = pseudo is not None and self.mixes
         losses = {"sup": self.segmentation_loss(out.fused, target, labeled, pool)}
         losses["sup_experts"] = self.expert_losses(out, target, labeled, pool)
         if pseudo is not None and s.lambda_cac > 0:
@@ -184,8 +195,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             weight = self.uncertainty_at(out) if s.iefa_uncertain else None
             losses["iefa"] = inter_expert_alignment(*out.embeddings, temperature=s.iefa_temperature, weight=weight)
         if out.denoised is not None:
-            half = len(out.denoised)
-            losses["diffusion"] = self.segmentation_loss(out.denoised, clean[:half], valid[:half])
+            losses["diffusion"] = self.segmentation_loss(out.denoised, clean[chosen], valid[chosen])
         return losses
 
     def expert_losses(self, out: DMEDOutput, target: Tensor, weight: Tensor, pool: bool) -> Tensor:
@@ -204,20 +214,19 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         """
         s = self.settings
         weak, strong = self.views(unlabeled)
-        pseudo_onehot, confidence = self.pseudo_labels(weak)
         student = strong if s.strong_intensity else weak
         nothing = torch.zeros_like(valid)
+        pseudo_onehot, confidence = self.pseudo_labels(weak) if s.lambda_cac > 0 else (torch.zeros_like(clean), nothing)
         pairs = (
             (image, student), (clean, pseudo_onehot.to(clean.dtype)),
             (valid, nothing), (nothing, confidence.to(valid.dtype)),
         )  # fmt: skip
-        if s.copy_paste == 0 or s.lambda_cac == 0:
+        if not self.mixes:
             return tuple(torch.cat(pair) for pair in pairs)
         mask = random_cuboid(len(image), image.shape[2:], s.copy_paste, image.device)
         if s.both_directions:
             return tuple(torch.cat([paste(a, b, mask), paste(b, a, mask)]) for a, b in pairs)
-        # every other mask is inverted, so that either image is the background as often
-        mask[int(torch.randint(2, ())) :: 2].neg_().add_(1)
+        mask = invert_half(mask)
         return tuple(paste(a, b, mask) for a, b in pairs)
 
     @torch.no_grad()
@@ -235,7 +244,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             self.module.train()
             torch.clear_autocast_cache()  # before PyTorch 2.10, casts made here would hide gradients later (#112583)
         probabilities = self.label_space.probabilities(logits)
-        confidence = 1 - self.label_space.normalized_entropy(probabilities)
+        confidence = self.label_space.confidence(probabilities)
         if s.confidence_threshold is not None:
             confidence = (confidence > s.confidence_threshold).to(confidence.dtype)
         return self.label_space.harden(probabilities), confidence

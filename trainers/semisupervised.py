@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnunet_diffext.data.loaders import PairedLoader, augmenter
 from nnunet_diffext.data.pool import UnlabeledDataset, UnlabeledPool, entirely_ignored, find_unlabeled
-from nnunet_diffext.data.splits import Split, keep_labeled_percent, load_split
+from nnunet_diffext.data.splits import Split, keep_labeled_percent, load_split, number_of_folds
 from nnunet_diffext.data.transforms import TwoViews
 from nnunet_diffext.trainers.base import DiffextTrainer
 
@@ -21,59 +21,69 @@ class SemiSupervisedTrainer(DiffextTrainer):
     The settings of a subclass hold ``labeled_percent``. Labels of unlabelled cases are never read.
     """
 
-    _splits: tuple[Split, UnlabeledPool] | None = None
+    _split: Split | None = None
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether the settings have a use for unlabelled images."""
+        return True
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, without the training cases that count as unlabelled."""
         train, val = super().do_split()
-        split, _ = self._find_splits(train, val)
-        return list(split.train), list(val)
+        if self._split is None:
+            self._split = self._semisupervised_split(train, val)
+        return list(self._split.train), list(val)
 
-    def _find_splits(self, train: list[str], val: list[str]) -> tuple[Split, UnlabeledPool]:
-        if self._splits is not None:
-            return self._splits
+    def _semisupervised_split(self, train: list[str], val: list[str]) -> Split:
+        """The fold in ``splits_final.json``; cases without annotated voxels, or beyond the share, are unlabelled."""
+        folder = self.preprocessed_dataset_folder_base
         split = Split(tuple(train), tuple(val))
-        if self.fold != "all":
-            split = load_split(self.preprocessed_dataset_folder_base, self.fold)
-        if self.settings.labeled_percent is not None:
-            split = keep_labeled_percent(split, self.settings.labeled_percent)
-        ignored = entirely_ignored(self.preprocessed_dataset_folder, split.train, self.label_manager)
-        split = Split(tuple(i for i in split.train if i not in ignored), split.val, split.unlabeled)
-        if not split.train:
+        folds = number_of_folds(folder)
+        if self.fold == "all":
+            if any(load_split(folder, fold).unlabeled for fold in range(folds)):
+                self.print_to_log_file("WARNING: fold 'all' trains on every label, also on those the split holds back.")
+        elif self.fold < folds:
+            split = load_split(folder, self.fold)
+        ignored = set(entirely_ignored(self.preprocessed_dataset_folder, split.train, self.label_manager))
+        annotated = tuple(i for i in split.train if i not in ignored)
+        if not annotated:
             raise ValueError(
                 f"Fold {self.fold} of {self.plans_manager.dataset_name} has no labelled training case: "
                 f"{len(ignored)} hold the ignore label only. Annotate at least one case, or change splits_final.json."
             )
-        pool = find_unlabeled(
-            self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier,
-            split, self.fold,
-            ignored=ignored, cascade_folder=self.folder_with_segs_from_previous_stage,
-        )  # fmt: skip
-        self._splits = split, pool
-        self._say_what_is_used(split, pool, len(ignored))
-        return self._splits
+        split = Split(annotated, split.val, (*split.unlabeled, *sorted(ignored)))
+        if self.settings.labeled_percent is not None:
+            split = keep_labeled_percent(split, self.settings.labeled_percent)
+        return split
 
-    def _say_what_is_used(self, split: Split, pool: UnlabeledPool, ignored: int) -> None:
+    def _find_pool(self) -> UnlabeledPool:
+        pool = find_unlabeled(
+            self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier, self._split, self.fold,
+            cascade_folder=self.folder_with_segs_from_previous_stage,
+        )  # fmt: skip
         self.print_to_log_file(
-            f"{len(split.train)} labelled and {len(pool.cases)} unlabelled training cases, {ignored} of which hold the "
-            "ignore label only."
+            f"{len(self._split.train)} labelled and {len(pool.cases)} unlabelled training cases."
         )
         if pool.without_previous_stage:
             self.print_to_log_file(
                 f"{len(pool.without_previous_stage)} unlabelled cases are left out: the previous stage has not "
-                f"segmented them into {self.folder_with_segs_from_previous_stage}."
+                f"segmented them into {self.folder_with_segs_from_previous_stage}. nnU-Net does so for the validation "
+                "cases of a fold: train the previous stage on folds that validate on them. Images of imagesTu/ cannot "
+                "be used in a cascade."
             )
-        if not pool.cases:
+        elif not pool.cases:
             self.print_to_log_file(
                 "No unlabelled images: the training is supervised. Put images into imagesTu/ and run "
                 "'nnunet_diffext preprocess_unlabeled', or move labelled cases with 'nnunet_diffext split'."
             )
+        return pool
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders; the training one also yields unlabelled patches if there are any."""
+        """nnU-Net's loaders; the training one also yields unlabelled patches if there are any and they are used."""
         train, val = super().get_dataloaders()
-        _, pool = self._find_splits([], [])
-        if not pool.cases:
+        pool = self._find_pool()
+        if not pool.cases or not self.uses_unlabeled:
             return train, val
         num_processes = get_allowed_n_proc_DA()
         unlabeled = augmenter(

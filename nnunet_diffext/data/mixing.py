@@ -27,6 +27,14 @@ def random_cuboid(batch: int, patch: Sequence[int], fraction: float, device: tor
     return mask
 
 
+def invert_half(mask: Tensor) -> Tensor:
+    """Invert every other mask of a batch, from the first or the second on: either image is as often the background."""
+    inverted = mask.clone()
+    chosen = slice(int(torch.randint(2, ())), None, 2)
+    inverted[chosen] = 1 - mask[chosen]
+    return inverted
+
+
 def paste(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """``a`` where ``mask`` is 1, ``b`` where it is 0; ``(B, *)`` all."""
     mask = mask.to(a.dtype)

@@ -64,6 +64,12 @@ def load_split(preprocessed_dataset_dir: str | Path, fold: int) -> Split:
     return _parse(_entry(splits, fold, file), file, fold)
 
 
+def number_of_folds(preprocessed_dataset_dir: str | Path) -> int:
+    """Entries of ``splits_final.json``; 0 without the file. Beyond them nnU-Net draws a random 80:20 split."""
+    file = Path(preprocessed_dataset_dir) / SPLITS_FILE
+    return len(_as_list(load_json(file, ""), file)) if file.is_file() else 0
+
+
 def write_semisupervised_split(
     name_or_id: str | int,
     labeled: int | str | None = None,

@@ -138,6 +138,10 @@ class LabelSpace:
             return (entropy.mean(1, keepdim=True) / math.log(2)).clamp(0, 1)
         return (torch.special.entr(p).sum(1, keepdim=True) / math.log(self.num_heads)).clamp(0, 1)
 
+    def confidence(self, probabilities: Tensor) -> Tensor:
+        """`1 - H / log K`, `(B, 1, *)` in [0, 1] (DMED-Seg, section 3.5: "the inverse of the entropy")."""
+        return 1 - self.normalized_entropy(probabilities)
+
     def to_diffusion(self, onehot: Tensor, scale: float = 1.0) -> Tensor:
         """[0, 1] to [-scale, scale]: `scale (2 onehot - 1)`, float32. A small scale lowers the SNR at every t
         (Chen 2023, arXiv 2301.10972). Invalid voxels (all zero) become -scale in every channel."""

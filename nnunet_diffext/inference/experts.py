@@ -41,6 +41,7 @@ class ExpertMaps(nn.Module):
         self.channels = 3 * network.label_space.num_heads + 1
 
     def forward(self, image: Tensor) -> Tensor:
+        """All maps of one patch, stacked as channels."""
         net = self.network
         out = net.segment(image, net.inference_noise(image))
         probabilities = [net.label_space.probabilities(x) for x in (out.fused, out.de, out.ce)]
@@ -87,7 +88,8 @@ def expert_maps(
         device=torch.device(device), allow_tqdm=False,
     )  # fmt: skip
     predictor.initialize_from_trained_model_folder(str(folder), (fold,), checkpoint)
-    if not isinstance(predictor.network, DMEDNet):
+    net = getattr(predictor.network, "_orig_mod", predictor.network)  # nnUNet_compile wraps it
+    if not isinstance(net, DMEDNet):
         raise ValueError(f"{folder} holds a {predictor.trainer_name}; expert maps exist for DMEDSegTrainer only.")
     configuration, plans = predictor.configuration_manager, predictor.plans_manager
     if configuration.previous_stage_name is not None:
@@ -95,7 +97,7 @@ def expert_maps(
 
     preprocessor = configuration.preprocessor_class(verbose=False)
     data, _, properties = preprocessor.run_case(list(image_files), None, plans, configuration, predictor.dataset_json)
-    labels, net = predictor.label_manager, predictor.network
+    labels = predictor.label_manager
     predictor.network = ExpertMaps(net)
     predictor.label_manager = SimpleNamespace(num_segmentation_heads=predictor.network.channels)
     maps = predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).float().cpu()
@@ -105,7 +107,7 @@ def expert_maps(
     segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits, plans, configuration, labels, properties
     )
-    confidence = 1 - net.label_space.normalized_entropy(fused[None])[0, 0]
+    confidence = net.label_space.confidence(fused[None])[0, 0]
     arrays = {"fused": fused, "de": de, "ce": ce, "weight_de": maps[-1], "confidence": confidence}
     return {
         "image": np.asarray(data),

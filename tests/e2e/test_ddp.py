@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def results(workspace: Workspace, main_dataset: str, tmp_path_factory: pytest.Te
     for rank in ("0", "1"):
         command = [sys.executable, script, rank, "2", port, MAIN, str(folder / rank)]
         with open(folder / f"{rank}.log", "w") as log:
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+            environment = {**os.environ, **workspace.environment}
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [p.wait(400) for p in processes]
     finally:

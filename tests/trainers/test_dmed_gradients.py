@@ -23,10 +23,8 @@ WITHOUT_WEIGHT = {
 
 
 def without_effect(net: nn.Module) -> set[str]:
-    """Parameters that cannot change the output: a bias that the instance norm behind it removes, and those that shift
-    the scores of both experts alike, which the softmax over experts removes."""
-    names = {f"{name}.conv.bias" for name, m in net.named_modules() if isinstance(m, ConvDropoutNormReLU)}
-    return names | {"fusion.score.0.bias", "fusion.score.1.bias"}
+    """Parameters that cannot change the output: a bias that the instance norm behind it removes."""
+    return {f"{name}.conv.bias" for name, m in net.named_modules() if isinstance(m, ConvDropoutNormReLU)}
 
 
 def gradients(tokens: str, kind: str, steps: int, unlabeled: bool = True) -> tuple[nn.Module, dict[str, float]]:

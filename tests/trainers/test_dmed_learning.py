@@ -29,18 +29,17 @@ def leak(tokens: str, steps: int) -> dict[str, float]:
         images = torch.randn(4, 1, 24, 24, generator=generator)
         trainer.train_step({"data": images, "target": discs(4, generator).short()})
     masks, images = discs(64, generator), torch.randn(64, 1, 24, 24, generator=generator)
-    outputs: list[Any] = []
-    trainer.network.register_forward_hook(lambda _, __, output: outputs.append(output))
+    passes: list[tuple[Any, Any]] = []
+    trainer.network.register_forward_hook(lambda _, __, kwargs, out: passes.append((kwargs, out)), with_kwargs=True)
     torch.manual_seed(0)
     with torch.no_grad():
         trainer.compute_losses({"data": images, "target": masks.short()})  # whatever the trainer shows its network
-    (out,) = outputs
-    half = len(out.denoised)
+    ((kwargs, out),) = passes
     p = out.fused.softmax(1)[:, 1:]
     return {
         "dice": dice(p > 0.5, masks),
         "contrast": float(p[masks].mean() - p[~masks].mean()),
-        "dice_of_diffusion_pass": dice(out.denoised.argmax(1, keepdim=True) == 1, masks[:half]),
+        "dice_of_diffusion_pass": dice(out.denoised.argmax(1, keepdim=True) == 1, kwargs["clean"][:, 1:] == 1),
         "chance": float(2 * masks.float().mean() / (1 + masks.float().mean())),  # everything foreground
     }
 

@@ -50,8 +50,9 @@ class ExpertAttention(nn.Module):
 class DynamicFusion(nn.Module):
     """Weights and fuses the two experts' features at up to four scales, 1/2 ... 1/16 (section 3.4, eq. 1).
 
-    The fused scales are merged coarse to fine and read out by one 1x1 convolution. With ``fuse_predictions`` the
-    experts' logits, weighted in the same way, are added ("fuses features and predictions").
+    The fused features of every scale are read out by a 1x1 convolution and summed at full resolution, where the weights
+    of the finest scale apply. With ``fuse_predictions`` the experts' logits, weighted in the same way, are added
+    ("fuses features and predictions").
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
@@ -83,12 +84,11 @@ class DynamicFusion(nn.Module):
         self.project_ce = nn.ModuleList(nn.Linear(c, dim) for c in scales)
         self.scale_embedding = nn.Parameter(torch.randn(len(scales), 1, 1, dim) * 0.02)
         self.attention = nn.ModuleList(ExpertAttention(dim, heads) for _ in range(layers))
-        self.score = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1))
-        self.merge = nn.ModuleList(
-            conv_op(coarse, fine, 1) for fine, coarse in zip(scales, scales[1:], strict=False)
-        )
-        # 1x1 convolutions commute with blending and interpolation, so only K channels ever live at full resolution
-        self.seg_layers = nn.ModuleList(conv_op(c, num_classes, 1) for c in self.channels[:2])
+        # no biases: the softmax over the experts would remove them
+        self.score = nn.Sequential(nn.LayerNorm(dim, bias=False), nn.Linear(dim, 1, bias=False))
+        # Read out per scale: 1x1 convolutions commute with blending and interpolation, so merging the fused features
+        # first and reading out once would be the same function, with more parameters and memory.
+        self.seg_layers = nn.ModuleList(conv_op(c, num_classes, 1) for c in self.channels)
 
     def scale_weights(self, scale: int, de: Tensor, ce: Tensor) -> Tensor:
         """Weights of the two experts, ``(B, 2, *)``, from their features ``(B, C, *)`` at one scale. Always fp32."""
@@ -104,20 +104,14 @@ class DynamicFusion(nn.Module):
 
     def forward(self, de: Sequence[Tensor], ce: Sequence[Tensor], de_logits: Tensor, ce_logits: Tensor) -> FusionOutput:
         """Feature lists are finest first, level by level of the same shape; logits are ``(B, K, *patch)``."""
-        weights, fused = [], []
-        for f_de, f_ce in zip(de[1 : len(self.channels)], ce[1:], strict=False):
-            w = self.scale_weights(len(weights), f_de, f_ce)
-            weights.append(w)
-            fused.append(_blend(w, f_de, f_ce))
-        x = fused[-1]
-        for finer, merge in zip(fused[-2::-1], reversed(self.merge), strict=True):
-            x = finer + self.resize(merge(x), finer)
-
+        weights = [self.scale_weights(s, de[s + 1], ce[s + 1]) for s in range(len(self.channels) - 1)]
         full_de, full_ce = self.seg_layers[0](de[0]), self.seg_layers[0](ce[0])
         if self.fuse_predictions:
             full_de, full_ce = full_de + de_logits, full_ce + ce_logits
         logits = _blend(self.resize(weights[0], full_ce), full_de, full_ce)
-        return FusionOutput(logits + self.resize(self.seg_layers[1](x), full_ce), weights)
+        for w, f_de, f_ce, read_out in zip(weights, de[1:], ce[1:], self.seg_layers[1:], strict=False):
+            logits = logits + self.resize(read_out(_blend(w, f_de, f_ce)), logits)
+        return FusionOutput(logits, weights)
 
     def resize(self, x: Tensor, like: Tensor) -> Tensor:
         """Interpolate linearly to the spatial size of ``like``."""
