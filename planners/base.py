@@ -29,8 +29,8 @@ from nnunet_diffext.trainers import find_trainer
 MAX_SHARE = 0.05
 """nnU-Net's rule: a batch of more than MIN_BATCH samples covers at most this share of the training cases' voxels."""
 FEW, MANY = 8, 16
-"""Memory grows linearly with the batch. Above MANY it is extrapolated from these two, because trainers handle samples one
-by one here and there, and on tensors without data every operation takes the same time."""
+"""Memory grows linearly with the batch. Above MANY it is extrapolated from these two: here and there, trainers handle
+samples one by one, and without data every operation takes the same time."""
 SIZE_KEYS = ("patch_size", "batch_size", "architecture")
 
 
@@ -221,7 +221,8 @@ class DiffextPlanner:
     def _estimate(self, plans: Mapping[str, Any], name: str) -> StepMemory:
         configuration = PlansManager(dict(plans)).get_configuration(name).configuration
         if configuration["batch_size"] > MANY:
-            few, many = (self._estimate(_with(plans, name, {**configuration, "batch_size": b}), name) for b in (FEW, MANY))
+            smaller = ({**configuration, "batch_size": batch_size} for batch_size in (FEW, MANY))
+            few, many = (self._estimate(_with(plans, name, c), name) for c in smaller)
             return few.extrapolated(many, (configuration["batch_size"] - FEW) / (MANY - FEW))
         # 3d_fullres and 3d_lowres often come to the same sizes
         key = json.dumps([*(configuration[k] for k in SIZE_KEYS), "previous_stage" in configuration])

@@ -100,9 +100,16 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch's guard against compiling the method below would take half of the time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 0
+        if args and isinstance(args[0], FakeTensor):
+            if func is torch.ops.prim.device.default:  # most of all calls
+                return args[0].fake_device
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return 0
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

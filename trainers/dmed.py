@@ -88,8 +88,8 @@ class DMEDSettings(MethodSettings):
         number="copyPaste#", switches={"noCopyPaste": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
     both_directions: bool = setting(
-        False, "copy-paste: train on both images of an exchange, twice the batch, instead of one of them per pair",
-        switches={"bothDirections": True},
+        True, "copy-paste: train on both images of an exchange, twice the batch, or on one of them per pair",
+        switches={"oneDirection": False},
     )  # fmt: skip
     strong_intensity: bool = setting(
         True, "the student sees unlabelled patches with nnU-Net's intensity augmentation, the teacher without",
@@ -209,8 +209,8 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Student images, targets, and the weights of labelled and pseudo-labelled voxels.
 
-        With copy-paste, ``B`` samples in which a cuboid of one image lies in the other (``2 B`` for both directions);
-        without, the ``B`` labelled images followed by the ``B`` unlabelled ones.
+        With copy-paste, ``2 B`` samples in which a cuboid of one image lies in the other (``B`` for one direction per
+        pair); without, the ``B`` labelled images followed by the ``B`` unlabelled ones.
         """
         s = self.settings
         weak, strong = self.views(unlabeled)

@@ -73,16 +73,16 @@ def test_tensors_without_data_need_the_same_bytes_as_real_ones(tokens: str, patc
     assert without[:2] == (kept, forward)
     # the gradient of an in-place activation, which autograd copies once more if there is data
     feature_map = 4 * 2 * 8 * prod(patch_size)
-    assert without[2] == peak - (feature_map if tokens else 0), "with two experts the peak is elsewhere"
+    assert peak - feature_map <= without[2] <= peak
     assert 0.9 * forward < kept <= forward < peak
 
 
 def test_mixed_precision_is_counted() -> None:
-    plans = plans_for(PATCH)
-    real, fake = with_data(plans, torch.bfloat16), without_data(plans, torch.bfloat16)
+    plans, trainer = plans_for(PATCH), find_trainer("DMEDSegTrainer_CEonly")
+    real, fake = (count(plans, torch.bfloat16, trainer)[:2] for count in (with_data, without_data))
     # a real normalisation keeps its statistics in fp32: a few numbers per channel
-    assert [r - f for r, f in zip(real, fake, strict=True)] == pytest.approx([0] * 3, abs=real[0] / 200)
-    assert fake[0] < 0.85 * with_data(plans)[0]
+    assert [r - f for r, f in zip(real, fake, strict=True)] == pytest.approx([0] * 2, abs=real[0] / 200)
+    assert fake[0] < 0.7 * with_data(plans, trainer=trainer)[0]
 
 
 def test_live_bytes() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 # Table 2, and the switches that document what the paper leaves open
 ROWS = [
     "", "CEonly", "DEonly", "fixedAverage", "noCACL_noIEFA", "noIEFA", "noCACL", "halfDE", "featuresOnly", "eq4",
-    "TOnly", "leaky", "recycle", "paper", "threshold0p5", "iefaUncertain", "noEMA", "noCopyPaste", "bothDirections",
+    "TOnly", "leaky", "recycle", "paper", "threshold0p5", "iefaUncertain", "noEMA", "noCopyPaste", "oneDirection",
     "noStrong", "halfDE_fixedAverage", "CEonly_recycle_leaky",
 ]  # fmt: skip
 # nothing but a weight of zero stands between these heads and a gradient

@@ -193,7 +193,7 @@ def test_threshold_counts_confident_voxels_without_weighing_them() -> None:
 # ------------------------------------------------------------------ which voxels count where
 @pytest.mark.parametrize(
     ("tokens", "samples"),
-    [("", 2), ("bothDirections", 4), ("noCopyPaste", 4), ("copyPaste0p5", 2), ("paper", 4)],
+    [("", 4), ("oneDirection", 2), ("noCopyPaste", 4), ("copyPaste0p5", 4), ("paper", 4)],
 )
 @pytest.mark.parametrize("labels", [None, IGNORE, REGIONS], ids=["softmax", "ignore", "regions"])
 def test_every_voxel_is_labelled_or_pseudo_labelled(tokens: str, samples: int, labels: dict | None) -> None:
@@ -237,7 +237,7 @@ def test_without_consistency_nobody_makes_pseudo_labels() -> None:
 
 def test_copy_paste_uses_either_image_as_background() -> None:
     """The box holds 4/9 of a 2D patch; every other one is inverted, so that the shares are balanced."""
-    trainer = ready_trainer("noStrong")
+    trainer = ready_trainer("noStrong_oneDirection")
     batch = make_batch(trainer)
     clean, valid = trainer.label_space.encode(batch["target"])
     shares = []
@@ -348,7 +348,7 @@ def test_uncertain_locations_weigh_more_in_the_alignment() -> None:
     ("tokens", "unlabeled", "planned", "pooled"),
     [
         ("", True, False, True),
-        ("bothDirections", True, False, True),
+        ("oneDirection", True, False, True),
         ("", False, False, False),
         ("", False, True, True),
         ("noCACL", True, False, False),
