@@ -22,7 +22,8 @@ def test_maps_agree_with_the_stock_prediction(trained: Path, test_images: Path, 
         assert maps[name].shape == (2, *shape)
         np.testing.assert_allclose(maps[name].sum(0), 1, atol=5e-3)  # averaged over tiles in half precision
     assert maps["weight_de"].shape == maps["confidence"].shape == shape
-    assert (maps["weight_de"] > 0).all() and (maps["weight_de"] < 1).all()
+    # a softmax weight close to 1 is 1 in half precision
+    assert maps["weight_de"].min() >= 0 and maps["weight_de"].max() <= 1 and np.ptp(maps["weight_de"]) > 0
     assert maps["confidence"].min() >= -1e-3 and maps["confidence"].max() <= 1
     assert not np.allclose(maps["de"], maps["ce"], atol=1e-3)
 
