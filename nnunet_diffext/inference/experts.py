@@ -75,22 +75,15 @@ def expert_maps(
         NumPy arrays on the grid of the preprocessed image: ``image (C, *)``; probabilities ``fused``, ``de``, ``ce``
         ``(K, *)``; ``weight_de (*)``; ``confidence (*)``, one minus the normalised entropy of ``fused``; ``spacing`` in
         mm. And ``segmentation``, in the image's own geometry, with ``properties`` for nnU-Net's writers.
+        Probabilities are averaged over tiles and mirrored passes, where ``nnUNetv2_predict`` averages logits: single
+        voxels may differ.
 
     Raises:
         CheckpointError: no such checkpoint, or an unsafe one. ValueError: a model with one expert, or of another
         trainer.
         NotImplementedError: a cascade, whose second stage needs the first one's segmentation.
     """
-    folder = Path(model_folder)
-    read_safely(folder / f"fold_{fold}" / checkpoint)  # nnU-Net's own reader would run what a malicious file holds
-    predictor = nnUNetPredictor(
-        use_mirroring=mirroring, perform_everything_on_device=device == "cuda",
-        device=torch.device(device), allow_tqdm=False,
-    )  # fmt: skip
-    predictor.initialize_from_trained_model_folder(str(folder), (fold,), checkpoint)
-    net = getattr(predictor.network, "_orig_mod", predictor.network)  # nnUNet_compile wraps it
-    if not isinstance(net, DMEDNet):
-        raise ValueError(f"{folder} holds a {predictor.trainer_name}; expert maps exist for DMEDSegTrainer only.")
+    predictor, net = _load(Path(model_folder), fold, checkpoint, device, mirroring)
     configuration, plans = predictor.configuration_manager, predictor.plans_manager
     if configuration.previous_stage_name is not None:
         raise NotImplementedError("Expert maps of a cascade are not supported: its input holds a segmentation.")
@@ -116,3 +109,19 @@ def expert_maps(
         "segmentation": np.asarray(segmentation),
         "properties": properties,
     }
+
+
+def _load(
+    folder: Path, fold: int | str, checkpoint: str, device: str, mirroring: bool
+) -> tuple[nnUNetPredictor, DMEDNet]:
+    """nnU-Net's predictor for the model, and the network in it."""
+    read_safely(folder / f"fold_{fold}" / checkpoint)  # nnU-Net's own reader would run what a malicious file holds
+    predictor = nnUNetPredictor(
+        use_mirroring=mirroring, perform_everything_on_device=device == "cuda",
+        device=torch.device(device), allow_tqdm=False,
+    )  # fmt: skip
+    predictor.initialize_from_trained_model_folder(str(folder), (fold,), checkpoint)
+    net = getattr(predictor.network, "_orig_mod", predictor.network)  # nnUNet_compile wraps it
+    if not isinstance(net, DMEDNet):
+        raise ValueError(f"{folder} holds a {predictor.trainer_name}; expert maps exist for DMEDSegTrainer only.")
+    return predictor, net
