@@ -78,7 +78,8 @@ class DryRun:
             settings.epochs, settings.iterations, 0,
         )  # fmt: skip
         trainer.bad_steps = trainer.bad_steps_in_a_row = 0
-        trainer.grad_scaler = torch.amp.GradScaler("cuda") if self.device.type == "cuda" else None
+        # a scale that overflows would skip the first steps, and with them the momentum
+        trainer.grad_scaler = torch.amp.GradScaler("cuda", init_scale=1.0) if self.device.type == "cuda" else None
         trainer.optimizer, _ = trainer.configure_optimizers()
         return trainer
 
