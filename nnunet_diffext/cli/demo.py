@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "demo",
         description="Make a synthetic dataset with labelled, unlabelled and test volumes; train DMEDSegTrainer and "
         "nnU-Net's own trainer on it with the stock commands, which are printed; predict and score the test volumes; "
-        "draw what the network trusted. About five minutes of training on two CPU cores, everything in one folder.",
+        "draw what the network trusted. Everything in one folder, on a CPU.",
     )
     parser.add_argument("--out", type=Path, default=Path("nnunet_diffext_demo"), help="folder (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo in that folder first")
