@@ -102,10 +102,6 @@ class TrainingSettings:
 class MethodSettings(TrainingSettings):
     """What the trainers of the methods add to the stock trainer's settings."""
 
-    ema_decay: float = setting(
-        0.99, "decay of the exponential moving average of the weights (teacher); 0: none",
-        number="ema#", switches={"noEMA": 0.0}, minimum=0, maximum=1,
-    )  # fmt: skip
     cpu_bfloat16: bool = setting(
         False, "mixed precision on a CPU that computes bfloat16 natively", switches={"bf16": True}
     )

@@ -9,6 +9,7 @@ from nnunet_diffext.variants import parse_tokens, split_name
 
 TRAINERS: dict[str, str] = {
     "DMEDSegTrainer": "nnunet_diffext.trainers.dmed",
+    "PGRDTrainer": "nnunet_diffext.trainers.pgrd",
     "nnUNetTrainer": "nnunet_diffext.trainers.stock",
 }
 """Base trainer name -> module. A module is imported only when one of its trainers is asked for."""

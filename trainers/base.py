@@ -239,6 +239,10 @@ class DiffextTrainer(ConfiguredTrainer):
         checkpoint = read_safely(filename_or_checkpoint)
         self._check_same_network(checkpoint, filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
+        self.restore_extra(checkpoint)
+
+    def restore_extra(self, checkpoint: Mapping[str, Any]) -> None:
+        """Counterpart of :meth:`extra_checkpoint`."""
         self.bad_steps = checkpoint.get("diffext_bad_steps", 0)
         if "diffext_rng" in checkpoint and self.local_rank == 0:  # the ranks must go on drawing different noise
             torch.set_rng_state(checkpoint["diffext_rng"])

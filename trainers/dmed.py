@@ -95,6 +95,10 @@ class DMEDSettings(MethodSettings):
         True, "the student sees unlabelled patches with nnU-Net's intensity augmentation, the teacher without",
         switches={"noStrong": False},
     )  # fmt: skip
+    ema_decay: float = setting(
+        0.99, "decay of the exponential moving average of the weights (teacher); 0: none",
+        number="ema#", switches={"noEMA": 0.0}, minimum=0, maximum=1,
+    )  # fmt: skip
     labeled_percent: float | None = setting(
         None, "labels of this share of the training cases only; the others are unlabelled (section 4.6)",
         number="#percent", minimum=0, maximum=100,

@@ -85,6 +85,24 @@ class Architecture:
             raise ValueError("A network of fewer than 3 stages has no coarser version; use the full-resolution expert.")
         return replace(self, kwargs=kwargs)
 
+    def lighter(self, width: float, convolutions: int | None = None) -> Architecture:
+        """The same resolutions with ``width`` times the channels (a multiple of 4, at least 4).
+
+        Args:
+            width: factor, positive.
+            convolutions: at most this many convolutions (residual blocks) per stage; ``None`` keeps what was planned.
+        """
+        kwargs = dict(self.kwargs)
+        kwargs["features_per_stage"] = [max(4, 4 * round(f * width / 4)) for f in self.features]
+        if convolutions is not None:
+            for key in ("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"):
+                if key in kwargs:
+                    planned = kwargs[key]
+                    least = [planned] if isinstance(planned, int) else planned
+                    least = [min(n, convolutions) for n in least]
+                    kwargs[key] = least[0] if isinstance(planned, int) else least
+        return replace(self, kwargs=kwargs)
+
     def build(self, input_channels: int, num_classes: int) -> nn.Module:
         """Instantiate and initialise the network, as nnU-Net does.
 

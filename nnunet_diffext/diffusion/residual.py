@@ -1,0 +1,134 @@
+"""Residual diffusion around a prior (PGRD, section II-B), in centred and scaled variables.
+
+With a prior pi and a scale kappa, the state s_t and its centred form u_t are
+
+    s_t = pi + kappa u_t,    u_0 = (y - pi) / kappa,    u_t = sqrt(abar_t) u_0 + sqrt(1 - abar_t) eps
+
+so every schedule, parameterisation and sampler of this package applies to u as it stands; PGRD's eq. 2-4 and 7 hold
+with rho_t = abar_t, the *cumulative* product. In s, the DDPM posterior of a step t -> u is
+
+    s_u = A y_hat + B s_t + gamma pi + std noise,    gamma = 1 - A - B = (1 - a) (1 - b) / (1 + a b)
+
+with a = sqrt(abar_t / abar_u), b = sqrt(abar_u). PGRD's eq. 5 drops gamma pi and one bar, and its "DDIM-style" sampler
+sets std = 0; eq. 10 shrinks the mean by alpha_t instead of sqrt(alpha_t). These literal readings are kept as documented
+curiosities: none of them samples from the distribution that the network was trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .noise import gaussian_noise
+from .parameterization import PredictionKind, to_x0
+from .samplers import Model, trailing_timesteps
+from .schedules import NoiseSchedule, autocast_off
+
+LITERAL_READINGS = ("eq5_mean", "eq5_uncentred", "eq5_literal")
+
+
+class PosteriorStep(NamedTuple):
+    """Coefficients of ``s_u = y y_hat + s s_t + prior pi + std noise``, double precision."""
+
+    y: float
+    s: float
+    prior: float
+    std: float
+
+
+def posterior_step(schedule: NoiseSchedule, t: int, u: int) -> PosteriorStep:
+    """DDPM posterior of the process that drifts towards the prior, for any t > u (eq. 5, corrected; CARD's gamma_2).
+
+    Args:
+        t, u: timesteps of the realised list, 0 <= u < t < T.
+    Raises:
+        ValueError: not ``t > u``.
+    """
+    if not 0 <= u < t:
+        raise ValueError(f"a reverse step goes from t to an earlier u >= 0, got t={t}, u={u}")
+    alpha_t, sigma_t = schedule.alpha_sigma(t)
+    alpha_u, sigma_u = schedule.alpha_sigma(u)
+    a = alpha_t / alpha_u
+    one_minus_a2 = 1 - a * a
+    y = alpha_u * one_minus_a2 / sigma_t**2
+    s = a * sigma_u**2 / sigma_t**2
+    gamma = (1 - a) * (1 - alpha_u) / (1 + a * alpha_u)
+    return PosteriorStep(y, s, gamma, math.sqrt(sigma_u**2 * one_minus_a2) / sigma_t)
+
+
+def literal_sampler(
+    model: Model,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    prior: Tensor,
+    *,
+    reading: str,
+    kind: PredictionKind = "v",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """PGRD's eq. 5 taken at its word, in centred variables; biased, for comparison only.
+
+    Args:
+        model, x_T, steps, kind, generator: as in :func:`~nnunet_diffext.diffusion.samplers.ddim`.
+        prior: ``pi / kappa``, ``(B, K, *)``: what the missing drift towards the prior amounts to.
+        reading: ``"eq5_mean"``: the mean of eq. 5 without noise ("a DDIM-style sampler sets sigma_t = 0");
+            ``"eq5_uncentred"``: eq. 5 with its noise; ``"eq5_literal"``: also with the bar that is missing in
+            ``sqrt(rho_{t-1})``, i.e. with the factor of one step where the cumulative product belongs.
+    Returns:
+        float32 ``(B, K, *)``, the last estimate of ``u_0``.
+    Raises:
+        ValueError: unknown reading.
+    """
+    if reading not in LITERAL_READINGS:
+        raise ValueError(f"unknown reading {reading!r} of eq. 5; choose one of {', '.join(LITERAL_READINGS)}")
+    times = trailing_timesteps(schedule.timesteps, steps)
+    x = x_T.float()
+    for index, t in enumerate(times):
+        batch_t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        x0 = to_x0(model(x, batch_t), x, batch_t, schedule, kind)
+        if index + 1 == len(times):
+            return x0
+        u = times[index + 1]
+        step = posterior_step(schedule, t, u)
+        y, std = step.y, step.std
+        if reading == "eq5_literal":
+            alpha_before, _ = schedule.alpha_sigma(times[index + 2] if index + 2 < len(times) else None)
+            y = y / alpha_before  # sqrt(abar_u / abar_before) instead of sqrt(abar_u)
+        elif reading == "eq5_mean":
+            std = 0.0
+        with autocast_off(x.device):
+            # s = pi + u: y (pi + x0) + s (pi + x) - pi
+            x = y * x0 + step.s * x - (1 - y - step.s) * prior
+            if std > 0:
+                x = x + std * gaussian_noise(x.shape, generator=generator, device=x.device)
+    raise AssertionError("unreachable: steps >= 1")
+
+
+def literal_eq10_marginal(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Mean factor and standard deviation of ``r_t`` under eq. 10 at its word, ``alpha_t r_{t-1} + sqrt(beta_t) eps``.
+
+    Returns:
+        ``(mean, std)``, float32 ``(T,)`` each. ``mean^2 + std^2`` is not 1, so eq. 3 and 4 do not invert.
+    """
+    beta = schedule.beta.double().cpu()
+    alpha = 1 - beta
+    variance, values = torch.zeros((), dtype=torch.float64), []
+    for a, b in zip(alpha, beta, strict=True):
+        variance = a * a * variance + b
+        values.append(variance)
+    return alpha.cumprod(0).float(), torch.stack(values).sqrt().float()
+
+
+def prior_residual_scale(residual: Tensor, weight: Tensor) -> Tensor:
+    """kappa: root mean square of ``y - pi`` where ``weight`` is positive; NaN where it is zero everywhere.
+
+    Args:
+        residual: ``(B, K, *)``.
+        weight: ``(B, 1, *)``, non-negative.
+    """
+    weight = weight.expand_as(residual)
+    return ((weight * residual.square()).sum() / weight.sum()).sqrt()

@@ -1,0 +1,308 @@
+"""PGRD's network: a frozen prior, a context computed once per image, and a light denoiser for the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
+
+from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, ddim, ddpm, dpm_solver_pp_2m, seeded_noise, target
+from nnunet_diffext.diffusion.parameterization import PredictionKind
+from nnunet_diffext.diffusion.preconditioning import precondition
+from nnunet_diffext.diffusion.residual import LITERAL_READINGS, literal_eq10_marginal, literal_sampler
+from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.networks.blocks.guided import ContextUNet, StepUNet, SupervisionHeads
+
+SAMPLERS = ("ddim", "ddpm", "dpm++", *LITERAL_READINGS)
+READOUTS = ("heads", "simplex", "softmax")
+PRIOR_FLOOR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How probabilities are drawn: the mean of ``samples`` runs of ``steps`` denoiser evaluations each."""
+
+    samples: int = 1
+    steps: int = 1
+    sampler: str = "ddim"
+    seed: int = 0
+
+
+class Context(NamedTuple):
+    """What is known before sampling starts.
+
+    The prior ``pi`` ``(B, K, *)`` (``None`` without one), the estimated mean of ``u_0`` ``(B, K, *)``, the features of
+    every level and their projections for the step network.
+    """
+
+    prior: Tensor | None
+    mean: Tensor
+    features: list[Tensor]
+    guidance: list[Tensor]
+
+
+class PGRDOutput(NamedTuple):
+    """What the losses need.
+
+    Prediction and its target ``(B, K, *patch)`` in float32 (eq. 8), the timesteps ``(B,)``, and the logits of the
+    supervision heads, finest first (eq. 6).
+    """
+
+    prediction: Tensor
+    target: Tensor
+    t: Tensor
+    heads: list[Tensor]
+
+
+class PGRDNet(nn.Module):
+    """Residual diffusion around a frozen prior (PGRD, section II), in the variables of ``diffusion/residual.py``.
+
+    A prediction is ``skip u_t + out F(u_t, t, context) + c mean(image, prior)``. The last term carries at t = T what the
+    image alone says, so that one step of the light network F suffices for the posterior mean.
+
+    Args:
+        prior: a network with ``image -> logits``, kept frozen and in eval mode; ``None``: plain conditional diffusion.
+        architecture: what nnU-Net planned; context and denoiser are lighter versions of it.
+        image_channels: C.
+        label_space: heads K, softmax or regions.
+        context_width, step_width: channels relative to the plan.
+        levels: supervision heads on so many decoder levels; 0: none.
+        kind: what the denoiser predicts; ``"v"`` in the paper.
+        schedule, timesteps, zero_terminal_snr: see :class:`NoiseSchedule`.
+        readout: how an estimate becomes probabilities: the finest of the ``"heads"``; ``"simplex"``: ``pi + kappa u_0``,
+            clamped and normalised; ``"softmax"`` of it over ``tau_out`` (section II-E).
+        tau_out: see ``readout``.
+        hard_prior: the prior's one-hot decision instead of its probabilities.
+        terminal_share: share of the training samples at t = T - 1, where a one-step prediction is made; the others are
+            uniform in t.
+        literal_eq10: train on the process of eq. 10 at its word (a curiosity).
+        sampling: of :meth:`forward` in eval mode.
+    """
+
+    kappa: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        prior: nn.Module | None,
+        architecture: Architecture,
+        image_channels: int,
+        label_space: LabelSpace,
+        *,
+        context_width: float = 0.5,
+        step_width: float = 0.25,
+        levels: int = 3,
+        kind: PredictionKind = "v",
+        schedule: str = "cosine",
+        timesteps: int = 1000,
+        zero_terminal_snr: bool = True,
+        readout: str = "heads",
+        tau_out: float = 0.1,
+        hard_prior: bool = False,
+        terminal_share: float = 0.25,
+        literal_eq10: bool = False,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__()
+        if readout == "heads" and levels < 1:
+            raise ValueError("readout 'heads' needs at least one supervision head; use 'simplex' or 'softmax'.")
+        k = label_space.num_heads
+        self.label_space, self.kind, self.readout, self.tau_out = label_space, kind, readout, tau_out
+        self.hard_prior, self.terminal_share = hard_prior, terminal_share
+        self.sampling = sampling or Sampling()
+        self.schedule = NoiseSchedule(schedule, timesteps, zero_terminal_snr)
+        self.eq10 = literal_eq10_marginal(self.schedule) if literal_eq10 else None
+        self.prior = prior.eval().requires_grad_(False) if prior is not None else None
+        context_plan = architecture.lighter(context_width)
+        step_plan = architecture.lighter(step_width, convolutions=1)
+        known = image_channels + (k if prior is not None else 0)
+        self.context_net = ContextUNet(context_plan, known, k)
+        self.step_net = StepUNet(step_plan, k, context_plan.features)
+        levels = min(levels, len(step_plan.features))
+        self.heads = SupervisionHeads(step_plan, context_plan.features, k, levels) if levels else None
+        self.pool = adaptive_avg_pool3d if architecture.conv_op is nn.Conv3d else adaptive_avg_pool2d
+        self.register_buffer("kappa", torch.ones(()))
+        self.register_buffer("spread", torch.ones(()))
+        self._cached: tuple[Tensor, int, Context] | None = None
+
+    # what `nnunet_diffext predict` asks for
+    @property
+    def default_samples(self) -> int:
+        """Samples of a prediction; 0 if a single step makes drawing them pointless."""
+        return self.sampling.samples if self.sampling.steps > 1 else 0
+
+    @property
+    def default_steps(self) -> int:
+        """Denoiser evaluations per sample."""
+        return self.sampling.steps
+
+    @property
+    def default_sampler(self) -> str:
+        """One of :data:`SAMPLERS`."""
+        return self.sampling.sampler
+
+    def train(self, mode: bool = True) -> PGRDNet:
+        """The prior stays in eval mode."""
+        super().train(mode)
+        if self.prior is not None:
+            self.prior.eval()
+        return self
+
+    # ------------------------------------------------------------------ training
+    def forward(
+        self, image: Tensor, *, clean: Tensor | None = None, prior: Tensor | None = None
+    ) -> Tensor | PGRDOutput:
+        """Logits ``(B, K, *patch)`` in eval mode; in training mode what the losses need.
+
+        Args:
+            image: ``(B, C, *patch)``.
+            clean: one-hot masks ``(B, K, *patch)``, needed in training mode.
+            prior: probabilities ``(B, K, *patch)`` to train around instead of the own prior's, e.g. out-of-fold ones.
+        """
+        if not self.training:
+            return self.label_space.log_probabilities(self.probabilities(image))
+        context = self.context(image, prior)
+        u0 = clean.float() if context.prior is None else clean.float() - context.prior
+        u0 = u0 / self.kappa
+        t = self.random_timesteps(len(image), image.device)
+        noise = torch.randn_like(u0)
+        u_t = self.noised(u0, noise, t)
+        prediction, features = self.denoise(context, u_t, t)
+        wanted = target(self.kind, u0, noise, t, self.schedule)
+        return PGRDOutput(prediction, wanted, t, self.head_logits(context, features))
+
+    def random_timesteps(self, count: int, device: torch.device) -> Tensor:
+        """``(count,)``: T - 1 with probability ``terminal_share``, else uniform."""
+        t = torch.randint(self.schedule.timesteps, (count,), device=device)
+        return t.masked_fill(torch.rand(count, device=device) < self.terminal_share, self.schedule.timesteps - 1)
+
+    def noised(self, u0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 7 in centred variables."""
+        if self.eq10 is None:
+            return self.schedule.add_noise(u0, noise, t)
+        mean, std = (table.to(u0.device)[t].view(-1, *(1,) * (u0.ndim - 1)) for table in self.eq10)
+        return mean * u0 + std * noise
+
+    # ------------------------------------------------------------------ parts
+    @torch.no_grad()
+    def prior_probabilities(self, image: Tensor) -> Tensor | None:
+        """pi ``(B, K, *patch)``, at least 1e-4 everywhere."""
+        if self.prior is None:
+            return None
+        return self.as_prior(self.prior(image))
+
+    def as_prior(self, logits: Tensor) -> Tensor:
+        """A prior network's logits as pi."""
+        p = self.label_space.probabilities(logits)
+        if self.hard_prior:
+            p = self.label_space.harden(p)
+        p = p.clamp(PRIOR_FLOOR, 1 - PRIOR_FLOOR)
+        return p if self.label_space.regions else p / p.sum(1, keepdim=True)
+
+    def context(self, image: Tensor, prior: Tensor | None = None) -> Context:
+        """Everything that depends on the image alone."""
+        if self.prior is None:
+            prior = None
+        elif prior is None:
+            prior = self.prior_probabilities(image)
+        # log-probabilities: what the prior is sure of, and by how much, is lost in probabilities near 0 and 1
+        known = image if prior is None else torch.cat([image, self.prior_logits(prior).to(image.dtype) / 4], dim=1)
+        out = self.context_net(known)
+        return Context(prior, out.logits.float(), out.features, self.step_net.guidance(out.features))
+
+    def prior_logits(self, prior: Tensor) -> Tensor:
+        """Log-odds of pi (softmax: its logarithm plus a constant per voxel that makes the channels' mean zero)."""
+        logits = self.label_space.log_probabilities(prior)
+        return logits if self.label_space.regions else logits - logits.mean(1, keepdim=True)
+
+    def denoise(self, context: Context, u_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Prediction of ``kind`` ``(B, K, *)`` in float32 and the step network's features, finest first."""
+        factors = precondition(self.kind, self.schedule, t, self.spread, u_t.ndim)
+        out = self.step_net((factors.into * u_t).to(context.guidance[0].dtype), t, context.guidance)
+        with torch.autocast(u_t.device.type, enabled=False):
+            alpha, sigma = self.schedule.marginal(t, u_t.ndim)
+            share = {"v": -sigma, "x0": 1.0, "eps": -alpha}[self.kind]
+            prediction = factors.skip * u_t.float() + factors.out * out.logits.float() + share * context.mean
+        return prediction, out.features
+
+    def head_logits(self, context: Context, features: Sequence[Tensor], levels: int | None = None) -> list[Tensor]:
+        """Logits of the supervision heads, finest first: corrections of the prior's own logits."""
+        if self.heads is None:
+            return []
+        corrections = [c.float() for c in self.heads(features, context.features, levels)]
+        if context.prior is None:
+            return corrections
+        return [self.prior_logits(self.pool(context.prior, c.shape[2:])) + c for c in corrections]
+
+    # ------------------------------------------------------------------ prediction
+    def probabilities(self, image: Tensor) -> Tensor:
+        """Mean over the samples ``(B, K, *patch)``, float32. The default, one step, is the posterior mean."""
+        s = self.sampling
+        shape = (len(image), self.label_space.num_heads, *image.shape[2:])
+        axes = tuple(range(2, image.ndim))
+        mean = 0.0
+        for m in range(s.samples):
+            noise = seeded_noise((1, *shape[1:]), s.seed + m, device=image.device, mirror_axes=axes).expand(shape)
+            mean = mean + self.sample(image, noise, steps=s.steps, sampler=s.sampler, seed=s.seed + m)
+        self._cached = None
+        return mean / s.samples
+
+    def sample(self, image: Tensor, noise: Tensor, *, steps: int, sampler: str = "ddim", seed: int = 0) -> Tensor:
+        """Probabilities ``(B, K, *patch)`` of one sample that starts from ``noise`` ``(B, K, *patch)``.
+
+        Args:
+            image: ``(B, C, *patch)``; what depends on it alone is kept until another tensor comes.
+            steps: denoiser evaluations; 1 gives the posterior mean.
+            sampler: one of :data:`SAMPLERS`.
+            seed: of the noise that ``"ddpm"`` adds on the way.
+        Raises:
+            ValueError: unknown sampler, or steps out of range.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        context = self._context_of(image)
+        last: list[Tensor] = []
+
+        def model(u_t: Tensor, t: Tensor) -> Tensor:
+            prediction, last[:] = self.denoise(context, u_t, t)
+            return prediction
+
+        u0 = self._run(model, noise, steps, sampler, seed, context)
+        if self.readout == "heads":
+            return self.label_space.probabilities(self.head_logits(context, last, levels=1)[0])
+        estimate = self.kappa * u0 if context.prior is None else context.prior + self.kappa * u0
+        return self.read_out(estimate)
+
+    def _run(self, model, noise: Tensor, steps: int, sampler: str, seed: int, context: Context) -> Tensor:
+        if sampler == "ddim":
+            return ddim(model, noise, self.schedule, steps, kind=self.kind)
+        if sampler == "dpm++":
+            return dpm_solver_pp_2m(model, noise, self.schedule, steps, kind=self.kind)
+        generator = torch.Generator().manual_seed(seed)
+        if sampler == "ddpm":
+            axes = tuple(range(2, noise.ndim))
+            return ddpm(model, noise, self.schedule, steps, kind=self.kind, generator=generator, mirror_axes=axes)
+        centre = torch.zeros_like(noise) if context.prior is None else context.prior / self.kappa
+        return literal_sampler(
+            model, noise, self.schedule, steps, centre, reading=sampler, kind=self.kind, generator=generator
+        )
+
+    def read_out(self, estimate: Tensor) -> Tensor:
+        """One-hot-valued estimates ``(B, K, *)`` as probabilities, float32 (``readout``)."""
+        if self.readout == "softmax":
+            if self.label_space.regions:
+                return ((2 * estimate - 1) / self.tau_out).sigmoid()
+            return (estimate / self.tau_out).softmax(1)
+        p = estimate.clamp(PRIOR_FLOOR, 1 - PRIOR_FLOOR)
+        return p if self.label_space.regions else p / p.sum(1, keepdim=True)
+
+    def _context_of(self, image: Tensor) -> Context:
+        version = 0 if image.is_inference() else image._version  # changed in place, it is another image
+        cached = self._cached
+        if cached is None or cached[0] is not image or cached[1] != version or torch.is_grad_enabled():
+            self._cached = cached = (image, version, self.context(image))
+        return cached[2]

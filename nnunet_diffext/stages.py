@@ -1,0 +1,149 @@
+"""Finding the training that another one builds on: a stage is an ordinary ``nnUNetv2_train`` call."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2 import paths
+
+from nnunet_diffext.checkpoints import CheckpointError, read_safely
+
+FINAL = "checkpoint_final.pth"
+MUST_AGREE = ("spacing", "normalization_schemes", "use_mask_for_norm", "data_identifier", "patch_size")
+"""What two stages of one configuration share; the batch size may differ."""
+
+
+class StageError(ValueError):
+    """The earlier stage is missing or does not fit; the message has the command that makes it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished training.
+
+    Attributes:
+        folder: model folder, ``<trainer>__<plans>__<configuration>``.
+        fold: of the training.
+        trainer_name: class that trained it.
+        plans: its ``plans.json``.
+        weights: state dict of its network.
+    """
+
+    folder: Path
+    fold: int | str
+    trainer_name: str
+    plans: Mapping[str, Any]
+    weights: Mapping[str, Any]
+
+
+def train_command(dataset: str, configuration: str, fold: int | str, trainer: str, plans: str) -> str:
+    """The command that makes a stage."""
+    return f"nnUNetv2_train {dataset} {configuration} {fold} -tr {trainer} -p {plans} --npz"
+
+
+def results_folder(dataset: str) -> Path:
+    """Folder of the dataset in ``nnUNet_results``.
+
+    Raises:
+        StageError: the variable is not set.
+    """
+    if not paths.nnUNet_results.is_set():
+        raise StageError("The environment variable nnUNet_results is not set. Set it to the folder that nnU-Net uses.")
+    return Path(paths.nnUNet_results) / dataset
+
+
+def find_model_folder(
+    stage: str, dataset: str, configuration: str, trainer: str, plans_names: Sequence[str], fold: int | str
+) -> Path:
+    """Model folder of an earlier stage: ``nnUNet_diffext_<stage>`` if set, else by name in ``nnUNet_results``.
+
+    Args:
+        stage: name of the stage in messages and in the environment variable.
+        trainer: class name that the stage was trained with.
+        plans_names: plans to look for, the first found wins.
+        fold: must be finished there.
+    Raises:
+        StageError: with the command that makes the stage, and the trainings that exist instead.
+    """
+    variable = f"nnUNet_diffext_{stage}"
+    given = os.environ.get(variable)
+    if given:
+        folder = Path(given)
+        folder = folder.parent.parent if folder.suffix == ".pth" else folder
+        if not (folder / "plans.json").is_file():
+            raise StageError(f"{variable}={given} is no model folder: there is no {folder / 'plans.json'}.")
+        return folder
+    results = results_folder(dataset)
+    candidates = [results / f"{trainer}__{plans}__{configuration}" for plans in plans_names]
+    for folder in candidates:
+        if (folder / f"fold_{fold}" / FINAL).is_file():
+            return folder
+    command = train_command(dataset, configuration, fold, trainer, plans_names[-1])
+    started = next((f for f in candidates if (f / f"fold_{fold}").is_dir()), None)
+    if started is not None:
+        raise StageError(
+            f"The {stage} is not finished: {started / f'fold_{fold}'} has no {FINAL}. Finish it first:\n  {command} --c"
+        )
+    others = sorted(f.parent.parent.name for f in results.glob(f"*__*__{configuration}/fold_{fold}/{FINAL}"))
+    instead = (
+        f" Or use one of the finished trainings {', '.join(others)}: export {variable}={results}/NAME" if others else ""
+    )
+    raise StageError(f"No {stage} for fold {fold} in {results}. Train it first:\n  {command}\n{instead}".rstrip())
+
+
+def load_stage(folder: Path, fold: int | str) -> Stage:
+    """Read plans and weights of a finished fold, without running anything that the files may hold.
+
+    Raises:
+        StageError: no finished training there. CheckpointError: the file is damaged or unsafe.
+    """
+    checkpoint_file = folder / f"fold_{fold}" / FINAL
+    if not checkpoint_file.is_file():
+        state = "is not finished" if checkpoint_file.parent.is_dir() else "does not exist"
+        raise StageError(f"Fold {fold} of {folder} {state}: there is no {checkpoint_file}.")
+    checkpoint = read_safely(checkpoint_file)
+    if not {"network_weights", "trainer_name"} <= set(checkpoint):
+        raise CheckpointError(f"{checkpoint_file} is no checkpoint of nnU-Net: it holds no network_weights.")
+    plans = json.loads((folder / "plans.json").read_text())
+    return Stage(folder, fold, checkpoint["trainer_name"], plans, checkpoint["network_weights"])
+
+
+def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> None:
+    """Whether a stage was trained on the same dataset, preprocessing, patch and labels.
+
+    Raises:
+        StageError: naming what differs.
+    """
+    own, theirs = plans["dataset_name"], stage.plans["dataset_name"]
+    if own != theirs:
+        raise StageError(f"{stage.folder} was trained on {theirs}, this training is on {own}.")
+    if configuration not in stage.plans["configurations"]:
+        known = ", ".join(stage.plans["configurations"])
+        raise StageError(f"{stage.folder} has no configuration {configuration} (it has {known}).")
+    here, there = (_resolved(p, configuration) for p in (plans, stage.plans))
+    different = [key for key in MUST_AGREE if here.get(key) != there.get(key)]
+    different += [key for key in ("transpose_forward",) if plans.get(key) != stage.plans.get(key)]
+    if different:
+        key = different[0]
+        raise StageError(
+            f"{stage.folder} was trained with other plans: {', '.join(different)} differ ({key} is {there.get(key)} "
+            f"there and {here.get(key)} here). Train it with the plans {plans['plans_name']}."
+        )
+    file = stage.folder / "dataset.json"
+    if file.is_file():
+        trained = json.loads(file.read_text())
+        for key in ("labels", "channel_names"):
+            if trained.get(key) != dataset_json.get(key):
+                raise StageError(f"{stage.folder} was trained with other {key}: {trained.get(key)}.")
+
+
+def _resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    block = dict(plans["configurations"][configuration])
+    if "inherits_from" in block:
+        return {**_resolved(plans, block["inherits_from"]), **block}
+    return block

@@ -1,0 +1,205 @@
+"""PGRD (Mao et al. 2025): residual diffusion around a trained nnU-Net, as an nnU-Net trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import Tensor, nn
+
+from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_mse
+from nnunet_diffext.networks.pgrd import READOUTS, SAMPLERS, PGRDNet, PGRDOutput, Sampling
+from nnunet_diffext.settings import MethodSettings, SettingsError, setting
+from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer, build_prior
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGRDSettings(MethodSettings):
+    """Settings of :class:`PGRDTrainer`. "Paper" is Mao et al. 2025, arXiv 2509.01330."""
+
+    presets = {
+        "noPGR": ("without the prior, in the process and as an input (paper's ablation)", {"guided": False}),
+        "noDDS": (
+            "without deep diffusion supervision (paper's ablation); probabilities are read off the estimate itself",
+            {"levels": 0, "readout": "simplex"},
+        ),
+        "eps": (
+            "the denoiser predicts the noise, which rules out zero terminal SNR",
+            {"kind": "eps", "zero_terminal_snr": False},
+        ),
+        "vanillaDDPM": (
+            "the paper's baseline: conditional DDPM without prior and supervision heads, noise prediction, 1000 steps",
+            {
+                "guided": False, "levels": 0, "readout": "simplex", "kind": "eps", "zero_terminal_snr": False,
+                "steps": 1000, "sampler": "ddpm", "terminal_share": 0.0,
+            },
+        ),
+        "paper": (
+            "the paper's recipe: kappa = 1, uniform t, softmax over tau_out, five samples of 300 DDIM steps",
+            {
+                "kappa": 1.0, "terminal_share": 0.0, "readout": "softmax", "steps": 300, "samples": 5,
+                "prior_kind": "insample",
+            },
+        ),
+    }  # fmt: skip
+
+    initial_lr: float = setting(1e-3, "initial learning rate of Adam, decayed with power 0.9", number="lr#", minimum=0)
+    weight_decay: float = setting(0.0, "weight decay of Adam", number="wd#", minimum=0)
+    momentum: float = setting(0.9, "beta_1 of Adam", number="momentum#", minimum=0, maximum=0.9999)
+    warmup: int = setting(100, "iterations over which the learning rate rises linearly", number="warmup#", minimum=0)
+
+    prior_trainer: str = setting(
+        "nnUNetTrainer", "trainer of the prior; the variable nnUNet_diffext_prior names a model folder instead"
+    )
+    prior_kind: str = setting(
+        "auto", "what the training sees: priors of other folds ('oof'), the own one made as wrong as on validation "
+        "images ('corrupted'), or as it is; 'auto': 'oof' if every training case has one, else 'corrupted'",
+        choices=PRIOR_KINDS, switches={"oof": "oof", "corrupted": "corrupted", "insample": "insample"},
+    )  # fmt: skip
+    hard_prior: bool = setting(False, "the prior's decision instead of its probabilities", switches={"hardPrior": True})
+    guided: bool = setting(True, "residual diffusion around the prior (eq. 1-4), or plain conditional diffusion")
+    kappa: float | None = setting(
+        None, "scale of the residual, s_t = pi + kappa u_t; 1 in the paper; none: measured",
+        number="kappa#", minimum=1e-3,
+    )  # fmt: skip
+    kind: str = setting("v", "what the denoiser predicts", choices=("v", "x0", "eps"), switches={"x0": "x0"})
+    schedule: str = setting(
+        "cosine", "noise schedule", choices=("cosine", "linear", "scaled_linear"), switches={"linear": "linear"}
+    )
+    timesteps: int = setting(1000, "T, length of the schedule", number="T#", minimum=2)
+    zero_terminal_snr: bool = setting(True, "rescale the schedule to end in pure noise", switches={"noZeroSNR": False})
+    terminal_share: float = setting(
+        0.25, "share of the training samples at t = T, from where one-step predictions are made",
+        number="terminal#", switches={"TOnly": 1.0}, minimum=0, maximum=1,
+    )  # fmt: skip
+    literal_eq10: bool = setting(False, "train on eq. 10 at its word (a curiosity)", switches={"literalEq10": True})
+
+    levels: int = setting(3, "deep diffusion supervision on so many decoder levels", number="levels#", minimum=0)
+    lambda_dds: float = setting(0.1, "weight of eq. 6 in eq. 9", number="dds#", minimum=0)
+    dds_until: float = setting(
+        1.0, "supervise timesteps up to this share of T (the set of eq. 6)", number="ddsUntil#", minimum=0, maximum=1
+    )
+    tau: float = setting(1.0, "temperature of eq. 6", number="tau#", minimum=1e-3)
+    context_width: float = setting(
+        0.5, "channels of the network that sees image and prior, relative to the plan", number="context#", minimum=0.01
+    )
+    step_width: float = setting(
+        0.25, "channels of the network that runs at every step, relative to the plan", number="stepwidth#", minimum=0.01
+    )
+
+    readout: str = setting(
+        "heads", "probabilities from the finest supervision head, or from the estimate: projected on the simplex, or "
+        "softmax over tau_out (section II-E)",
+        choices=READOUTS, switches={"simplex": "simplex", "softmaxOut": "softmax"},
+    )  # fmt: skip
+    tau_out: float = setting(0.1, "temperature of the softmax read-out", number="tauout#", minimum=1e-3)
+    samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
+    steps: int = setting(1, "denoiser steps S per sample; 1: posterior mean", number="#steps", minimum=1)
+    sampler: str = setting(
+        "ddim", "sampler of predictions with several steps; eq5_*: literal readings of eq. 5, biased",
+        choices=SAMPLERS, switches={
+            "ddpm": "ddpm", "dpmpp": "dpm++", "eq5mean": "eq5_mean", "eq5uncentred": "eq5_uncentred",
+            "eq5literal": "eq5_literal",
+        },
+    )  # fmt: skip
+    noise_seed: int = setting(0, "seed of the noise at prediction", number="noise#", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "eps" and self.zero_terminal_snr:
+            raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
+        if self.readout == "heads" and self.levels == 0:
+            raise SettingsError("readout 'heads' needs levels >= 1; use token 'simplex' (as noDDS does) or 'softmaxOut'.")
+        if self.steps > self.timesteps:
+            raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
+
+
+class PGRDTrainer(GuidedTrainer):
+    """Learns what a frozen nnU-Net gets wrong, and how sure it can be: probabilities instead of one answer."""
+
+    Settings = PGRDSettings
+    base_name = "PGRDTrainer"
+    reference = (
+        "Mao, F., Wu, B., Jiang, Y., Xue, H., Tang, Y., Zhang, H. (2025). Prior-Guided Residual Diffusion: Calibrated "
+        "and Efficient Medical Image Segmentation. arXiv:2509.01330."
+    )
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """:class:`PGRDNet` with its prior, from the plans alone, the same in training and at prediction."""
+        s, label_space, architecture = PGRDTrainer.read_plans(plans_manager, configuration_manager)
+        prior = None
+        if s.guided:
+            arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
+            prior = build_prior(s.prior_trainer, *arguments)
+        return PGRDNet(
+            prior,
+            architecture,
+            num_input_channels,
+            label_space,
+            context_width=s.context_width,
+            step_width=s.step_width,
+            levels=s.levels,
+            kind=s.kind,
+            schedule=s.schedule,
+            timesteps=s.timesteps,
+            zero_terminal_snr=s.zero_terminal_snr,
+            readout=s.readout,
+            tau_out=s.tau_out,
+            hard_prior=s.hard_prior,
+            terminal_share=s.terminal_share,
+            literal_eq10=s.literal_eq10,
+            sampling=Sampling(
+                samples=s.samples if s.steps > 1 else 1, steps=s.steps, sampler=s.sampler, seed=s.noise_seed
+            ),
+        )
+
+    # ------------------------------------------------------------------ losses
+    def loss_weights(self) -> Mapping[str, float]:
+        """Eq. 9."""
+        return {"dds": self.settings.lambda_dds}
+
+    def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``velocity`` (eq. 8) and ``dds`` (eq. 6)."""
+        s = self.settings
+        clean, valid = self.label_space.encode(batch["target"])
+        prior = self.training_prior(batch)
+        out: PGRDOutput = self.network(batch["data"], clean=clean, prior=prior)
+        losses = {"velocity": masked_mse(out.prediction, out.target, valid)}
+        if out.heads:
+            until = s.dds_until * self.module.schedule.timesteps
+            losses["dds"] = deep_diffusion_supervision(
+                [h / s.tau for h in out.heads], clean, valid * (out.t <= until).view(-1, *(1,) * (clean.ndim - 1)),
+                regions=self.label_space.regions,
+            )  # fmt: skip
+        return losses
+
+    # ------------------------------------------------------------------ optimisation
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """Adam, as in the paper, with nnU-Net's decay; the prior is no parameter of it."""
+        s = self.settings
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        betas = (s.momentum, 0.999)
+        optimizer = torch.optim.AdamW(parameters, self.initial_lr, betas=betas, weight_decay=s.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def train_step(self, batch: dict) -> dict:
+        """One step; during the warm-up with a smaller learning rate."""
+        factor = min(1.0, (self.global_step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
+        scheduled = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+        try:
+            return super().train_step(batch)
+        finally:
+            for group, lr in zip(self.optimizer.param_groups, scheduled, strict=True):
+                group["lr"] = lr
