@@ -1,15 +1,21 @@
-"""Dice, Jaccard, HD95 and ASD per case and label, with one stated policy for empty masks.
+"""Dice, Jaccard, HD95, ASD, NSD and volumes per case and label, with one stated policy for empty masks.
 
 Implementation and options, to be quoted with the numbers (other libraries differ by up to a third in ASD):
   * HD95 and ASD: MONAI, ``compute_hausdorff_distance(percentile=95, directed=False)`` and
     ``compute_average_surface_distance(symmetric=True)``, Euclidean, with the image's spacing in mm. Surfaces are
     the voxels a mask loses under one erosion by a 6-neighbourhood; voxels at the border of the image belong to them.
     HD95 is the larger of the two directed 95th percentiles; ASD pools the distances of both directions.
+  * NSD: MONAI, ``compute_surface_dice(use_subvoxels=True)``: the share of the area of both surfaces that lies within
+    the tolerance of the other one. Why not voxels: see `nnunet_diffext.evaluation.surface`.
   * Dice = 2 TP / (2 TP + FP + FN), Jaccard = TP / (TP + FP + FN), voxel counts.
+  * Volumes in ml, of 3D masks; volume error = (V_prediction - V_reference) / V_reference, signed.
 
 Empty masks:
   * both empty: every metric NaN, left out of the means and counted in ``both_empty`` (nnU-Net does the same for Dice);
-  * exactly one empty: Dice and Jaccard 0; HD95, ASD NaN, left out of their means, counted in ``surface_undefined``.
+  * exactly one empty: Dice, Jaccard and NSD 0; HD95, ASD NaN, left out of their means, counted in
+    ``surface_undefined``;
+  * the volume of an empty mask is 0 in every case; without reference volume the relative error is NaN, left out of the
+    mean and counted in ``reference_empty``.
 
 Voxels that the reference marks as ignored are left out of the counts and are background in both masks for the surfaces.
 """
@@ -18,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,38 +31,22 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-METRICS = ("dice", "jaccard", "hd95", "asd")
-IMPLEMENTATION = (
-    "Dice, Jaccard: voxel counts; HD95: MONAI compute_hausdorff_distance(percentile=95), symmetric; "
-    "ASD: MONAI compute_average_surface_distance(symmetric=True), both directions pooled; mm; "
-    "both masks empty: case left out; one empty: Dice and Jaccard 0, surface metrics left out"
-)
+from nnunet_diffext.evaluation.surface import NSD_TOLERANCE_MM, surface_metrics
+
+METRICS = ("dice", "jaccard", "hd95", "asd", "nsd", "volume_pred_ml", "volume_ref_ml", "volume_error")
 Label = int | Sequence[int]
 
 
-def _crop_to_union(prediction: np.ndarray, reference: np.ndarray) -> tuple[slice, ...]:
-    """Bounding box of the union of two masks that are not both empty."""
-    union = prediction | reference
-    axes = range(union.ndim)
-    extents = [np.flatnonzero(union.any(axis=tuple(a for a in axes if a != axis))) for axis in axes]
-    return tuple(slice(int(e[0]), int(e[-1]) + 1) for e in extents)
-
-
-def _surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:
-    """(HD95, ASD) in mm of two non-empty boolean masks."""
-    # Here, not at the top: MONAI takes seconds to import and not every user of this module has surfaces to measure.
-    import torch
-    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
-
-    box = _crop_to_union(prediction, reference)
-    pred, ref = (torch.from_numpy(np.ascontiguousarray(m[box]))[None, None].float() for m in (prediction, reference))
-    spacing = [float(s) for s in spacing]
-    with warnings.catch_warnings():
-        # MONAI 1.6 passes itself an argument that it has deprecated.
-        warnings.filterwarnings("ignore", message=".*get_mask_edges", category=FutureWarning)
-        hd95 = compute_hausdorff_distance(pred, ref, include_background=True, percentile=95, spacing=spacing)
-        asd = compute_average_surface_distance(pred, ref, include_background=True, symmetric=True, spacing=spacing)
-    return float(hd95), float(asd)
+def implementation(nsd_tolerance: float = NSD_TOLERANCE_MM) -> str:
+    """What computed the metrics and with which options: belongs beside every number."""
+    return (
+        "Dice, Jaccard: voxel counts; HD95: MONAI compute_hausdorff_distance(percentile=95), symmetric; "
+        "ASD: MONAI compute_average_surface_distance(symmetric=True), both directions pooled; mm; "
+        f"NSD: MONAI compute_surface_dice(use_subvoxels=True), tolerance {nsd_tolerance:g} mm; "
+        "volume error: (prediction - reference) / reference; "
+        "both masks empty: case left out; one empty: Dice, Jaccard and NSD 0, HD95 and ASD left out; "
+        "reference empty: volume error left out"
+    )
 
 
 def mask_metrics(
@@ -65,6 +54,7 @@ def mask_metrics(
     reference: np.ndarray,
     spacing: Sequence[float],
     ignore: np.ndarray | None = None,
+    nsd_tolerance: float = NSD_TOLERANCE_MM,
 ) -> dict[str, float]:
     """Metrics of one binary mask.
 
@@ -73,9 +63,11 @@ def mask_metrics(
         reference: boolean, same shape.
         spacing: voxel size in mm in the order of the array's axes.
         ignore: boolean, same shape; voxels that count for nothing.
+        nsd_tolerance: in mm.
 
     Returns:
-        ``dice``, ``jaccard`` in [0, 1], ``hd95``, ``asd`` in mm; NaN where the module's empty-mask policy says so.
+        ``dice``, ``jaccard``, ``nsd`` in [0, 1], ``hd95``, ``asd`` in mm, ``volume_pred_ml``, ``volume_ref_ml`` (NaN in
+        2D, where there is no volume), ``volume_error`` from -1; NaN where the module's empty-mask policy says so.
 
     Raises:
         ValueError: shapes or the number of spacings differ.
@@ -88,14 +80,18 @@ def mask_metrics(
     if ignore is not None:
         prediction, reference = prediction & ~ignore, reference & ~ignore
     intersection = int(np.count_nonzero(prediction & reference))
-    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
-    if total == 0:
-        return dict.fromkeys(METRICS, math.nan)
-    result = {"dice": 2 * intersection / total, "jaccard": intersection / (total - intersection)}
-    if prediction.any() and reference.any():
-        result["hd95"], result["asd"] = _surface_distances(prediction, reference, spacing)
-    else:
-        result["hd95"] = result["asd"] = math.nan
+    predicted, expected = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
+    total = predicted + expected
+    result = dict.fromkeys(METRICS, math.nan)
+    if prediction.ndim == 3:
+        voxel_ml = math.prod(float(s) for s in spacing) / 1000
+        result |= {"volume_pred_ml": predicted * voxel_ml, "volume_ref_ml": expected * voxel_ml}
+    if expected:
+        result["volume_error"] = (predicted - expected) / expected
+    if total:
+        result |= {"dice": 2 * intersection / total, "jaccard": intersection / (total - intersection), "nsd": 0.0}
+    if predicted and expected:
+        result |= surface_metrics(prediction, reference, spacing, nsd_tolerance)
     return result
 
 
@@ -105,6 +101,7 @@ def case_metrics(
     spacing: Sequence[float],
     labels: Mapping[str, Label],
     ignore_label: int | None = None,
+    nsd_tolerance: float = NSD_TOLERANCE_MM,
 ) -> dict[str, dict[str, float]]:
     """Metrics of every foreground label or region of one case.
 
@@ -115,6 +112,7 @@ def case_metrics(
         labels: name -> label, or the labels that make up a region, as in nnU-Net's dataset.json; entries for label 0
             and for ``ignore_label`` are skipped.
         ignore_label: value in ``reference`` that means "not annotated".
+        nsd_tolerance: in mm.
     """
     ignore = None if ignore_label is None else reference == ignore_label
     result = {}
@@ -122,7 +120,8 @@ def case_metrics(
         values = [label] if isinstance(label, int) else list(label)
         if values in ([0], [ignore_label]):
             continue
-        result[name] = mask_metrics(np.isin(prediction, values), np.isin(reference, values), spacing, ignore)
+        masks = np.isin(prediction, values), np.isin(reference, values)
+        result[name] = mask_metrics(*masks, spacing, ignore, nsd_tolerance)
     return result
 
 
@@ -152,7 +151,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Means over cases per label, with the number of ``cases``, of ``both_empty`` and of ``surface_undefined`` ones."""
+    """Means over cases per label, with the number of ``cases``, ``both_empty``, ``surface_undefined`` and
+    ``reference_empty`` ones."""
     result: dict[str, dict[str, float]] = {}
     for name in next(iter(cases.values())):
         rows = [case[name] for case in cases.values()]
@@ -161,6 +161,7 @@ def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[st
         result[name]["cases"] = len(rows)
         result[name]["both_empty"] = both_empty
         result[name]["surface_undefined"] = sum(math.isnan(row["hd95"]) for row in rows) - both_empty
+        result[name]["reference_empty"] = sum(math.isnan(row["volume_error"]) for row in rows)
     return result
 
 
@@ -171,6 +172,7 @@ def evaluate_folder(
     ignore_label: int | None = None,
     file_ending: str = ".nii.gz",
     cases: Sequence[str] | None = None,
+    nsd_tolerance: float = NSD_TOLERANCE_MM,
 ) -> dict[str, Any]:
     """Score a folder of predicted label maps against the references of the same names.
 
@@ -181,6 +183,7 @@ def evaluate_folder(
         ignore_label: see `case_metrics`.
         file_ending: of both folders, with the dot.
         cases: cases that must be there; None for all in ``pred_dir``.
+        nsd_tolerance: in mm.
 
     Returns:
         ``{"cases": {case: {label: metrics}}, "mean": {label: means and counts}, "implementation": str}``; undefined
@@ -198,14 +201,16 @@ def evaluate_folder(
     result = {}
     for case in cases:
         prediction, reference, spacing = _read_pair(pred_dir / (case + file_ending), gt_dir / (case + file_ending))
-        result[case] = case_metrics(prediction, reference, spacing, labels, ignore_label)
-    return {"cases": result, "mean": summarise(result), "implementation": IMPLEMENTATION}
+        result[case] = case_metrics(prediction, reference, spacing, labels, ignore_label, nsd_tolerance)
+    return {"cases": result, "mean": summarise(result), "implementation": implementation(nsd_tolerance)}
 
 
 def json_ready(report: Any) -> Any:
     """The same structure with NaN replaced by None: json has no NaN and strict readers refuse it."""
     if isinstance(report, Mapping):
         return {key: json_ready(value) for key, value in report.items()}
+    if isinstance(report, (list, tuple)):
+        return [json_ready(value) for value in report]
     return None if isinstance(report, float) and math.isnan(report) else report
 
 

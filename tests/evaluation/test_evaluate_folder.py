@@ -1,0 +1,307 @@
+"""Evaluation of folders: same numbers as nnU-Net and as the arrays give, and what happens to bad cases."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics, load_summary_json
+from prediction_folders import LABELS, REGIONS, SPACING, make_folders, probabilities_of, reference_of, write_labels
+
+from nnunet_diffext.cli.main import main
+from nnunet_diffext.evaluation.calibration import calibration, label_calibration
+from nnunet_diffext.evaluation.cases import foreground_band, score_case
+from nnunet_diffext.evaluation.folder import evaluate_predictions
+from nnunet_diffext.evaluation.report import write_atomically
+from nnunet_diffext.evaluation.task import OUTPUTS, Options, find_cases, find_dataset_json, load_task
+
+
+def evaluate(pred, gt, **keywords):
+    return evaluate_predictions(pred, gt, num_processes=1, **keywords)
+
+
+def read_summary(folder):
+    return json.loads((folder / OUTPUTS[0]).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+def test_layout_and_values_are_those_of_nnunet(tmp_path, labels):
+    pred, gt = make_folders(tmp_path, npz=False, labels=labels)
+    evaluate(pred, gt)
+    task = load_task(pred / "dataset.json")
+    names = {"1": "organ", "2": "tumour"} if labels is LABELS else {"(1, 2)": "whole", "(2,)": "tumour"}
+    assert dict(task.names) == names
+    ours = load_summary_json(str(pred / OUTPUTS[0]))
+    regions = list(ours["mean"])
+    for row in ours["metric_per_case"]:
+        theirs = compute_metrics(row["reference_file"], row["prediction_file"], task.reader(), regions)
+        for region in regions:
+            for metric, value in theirs["metrics"][region].items():
+                assert row["metrics"][region][metric] == pytest.approx(value), metric
+    assert 0.5 < ours["foreground_mean"]["Dice"] < 1
+    for metric in ("Dice", "HD95", "NSD", "volume_ref_ml"):
+        rows = [[row["metrics"][r][metric] for row in ours["metric_per_case"]] for r in regions]
+        assert [ours["mean"][r][metric] for r in regions] == pytest.approx(np.mean(rows, 1).tolist())
+        assert ours["foreground_mean"][metric] == pytest.approx(np.mean(rows))
+    voxels = np.count_nonzero(np.isin(reference_of(0), regions[0]))
+    volume = ours["metric_per_case"][0]["metrics"][regions[0]]["volume_ref_ml"]
+    assert volume == pytest.approx(voxels * np.prod(SPACING) / 1000)
+    assert not (pred / "reliability.png").exists() and "calibration" not in ours
+
+
+def test_calibration_is_that_of_the_arrays(tmp_path):
+    pred, gt = make_folders(tmp_path)
+    report = evaluate(pred, gt, options=Options(band_mm=0.5)).report
+    everything, bands, organ = [], [], []
+    for index, row in enumerate(report["metric_per_case"]):
+        p, y = np.load(pred / f"case_{index}.npz")["probabilities"], reference_of(index)
+        band = foreground_band((y > 0) | (p.argmax(0) > 0), SPACING, 0.5)
+        everything.append(calibration(p, y))
+        bands.append(calibration(p, y, mask=band))
+        organ.append(label_calibration(p[1], y == 1))
+        for metric in ("nll", "brier", "ece", "ace", "mce", "aurc", "eaurc"):
+            assert row["calibration"][metric] == pytest.approx(getattr(everything[-1], metric)), metric
+            assert row["calibration"][metric + "_band"] == pytest.approx(getattr(bands[-1], metric)), metric
+            assert row["metrics"]["1"][metric] == pytest.approx(getattr(organ[-1], metric)), metric
+    assert 0 < bands[0].n < everything[0].n
+    section = report["calibration"]
+    assert section["mean"]["ece"] == pytest.approx(np.mean([c.ece for c in everything]))
+    assert section["pooled"]["all"]["ece"] == pytest.approx(sum(everything[1:], everything[0]).ece)
+    assert section["pooled"]["all"]["ece_band"] == pytest.approx(sum(bands[1:], bands[0]).ece)
+    assert section["pooled"]["1"]["brier"] == pytest.approx(sum(organ[1:], organ[0]).brier)
+    counts = sum(c.table[0] for c in everything)
+    assert section["reliability"]["all"]["image"]["count"] == counts.tolist() and section["cases"] == 3
+
+
+def test_regions_and_ignore_label(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=1, labels={**REGIONS, "ignore": 3})
+    reference = reference_of(0)
+    reference[:3] = 3
+    write_labels(gt / "case_0.nii.gz", reference)
+    result = evaluate(pred, gt)
+    assert result.failed == {}
+    p = np.load(pred / "case_0.npz")["probabilities"]
+    kept = calibration(p[:, 3:], np.stack([reference[3:] > 0, reference[3:] == 2]), regions=True)
+    row = result.report["metric_per_case"][0]
+    assert row["calibration"]["nll"] == pytest.approx(kept.nll) and row["calibration"]["ece"] == pytest.approx(kept.ece)
+    whole = label_calibration(p[0, 3:], reference[3:] > 0)
+    assert row["metrics"]["(1, 2)"]["ece"] == pytest.approx(whole.ece)
+    assert row["metrics"]["(1, 2)"]["n_ref"] == np.count_nonzero(reference[3:])
+    # What is predicted where the reference is ignored does not matter, nor does its probability.
+    prediction = np.where(p[1] > 0.5, 2, np.where(p[0] > 0.5, 1, 0))
+    prediction[:3], p[:, :3] = 2, 0.99
+    write_labels(pred / "case_0.nii.gz", prediction)
+    np.savez_compressed(pred / "case_0.npz", probabilities=p)
+    again = evaluate(pred, gt).report["metric_per_case"][0]
+    for metric in ("Dice", "HD95", "NSD", "volume_error", "nll", "ece", "aurc"):
+        assert again["metrics"]["(1, 2)"][metric] == pytest.approx(row["metrics"]["(1, 2)"][metric]), metric
+
+
+def test_band_is_in_mm_along_every_axis():
+    foreground = np.zeros((9, 21, 41), bool)
+    foreground[4, 10, 20] = True
+    band = foreground_band(foreground, SPACING, 6.0)
+    assert [np.flatnonzero(line).tolist() for line in (band[:, 10, 20], band[4, :, 20], band[4, 10])] == [
+        [2, 3, 4, 5, 6], list(range(4, 17)), list(range(8, 33))
+    ]  # fmt: skip
+    assert not foreground_band(np.zeros((3, 3), bool), (1.0, 1.0), 5.0).any()
+    assert foreground_band(foreground, SPACING, 0.0).sum() == 1
+
+
+def test_files_agree_and_undefined_values_are_empty(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=2)
+    empty = np.zeros_like(reference_of(0))
+    write_labels(gt / "case_0.nii.gz", empty)
+    result = evaluate(pred, gt)
+    summary = read_summary(pred)
+    rows = list(csv.DictReader(io.StringIO((pred / OUTPUTS[1]).read_text())))
+    assert [(r["case"], r["label"], r["name"]) for r in rows] == [
+        (case, *label) for case in ("case_0", "case_1") for label in (("1", "organ"), ("2", "tumour"))
+    ]
+    for row in rows:
+        (entry,) = (e for e in summary["metric_per_case"] if e["case"] == row["case"])
+        expected = entry["metrics"][row["label"]]
+        assert {k: float(v) if v else None for k, v in row.items() if k not in ("case", "label", "name")} == expected
+    assert rows[0]["HD95"] == rows[0]["volume_error"] == "" and float(rows[0]["Dice"]) == float(rows[0]["NSD"]) == 0
+    assert summary["counts"]["1"] == {"cases": 2, "both_empty": 0, "surface_undefined": 1, "reference_empty": 1}
+    assert "tolerance 2 mm" in summary["implementation"] and "monai" in summary["provenance"]["versions"]
+    assert [f.name for f in result.files] == list(OUTPUTS) and all(f.is_file() for f in result.files)
+
+
+def test_pictures_are_drawn(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=1)
+    evaluate(pred, gt, out=tmp_path / "out", options=Options(band_mm=0.5))
+    for name in OUTPUTS[2:]:
+        picture = imread(tmp_path / "out" / name)
+        assert picture.shape[0] > 300 and picture.shape[1] > 600
+        # The first two colours of tab10; many more pixels than the legend has.
+        for colour in ((31, 119, 180), (255, 127, 14)):
+            distance = np.abs(255 * picture[..., :3] - colour).sum(-1)
+            assert np.count_nonzero(distance < 6) > 400, (name, colour)
+
+
+def test_one_bad_case_of_each_kind_does_not_stop_the_others(tmp_path, capsys):
+    pred, gt = make_folders(tmp_path, cases=6)
+    untouched = pred / "summary.json"
+    untouched.write_text("nnU-Net's own")
+    (pred / "case_1.nii.gz").write_bytes((pred / "case_1.nii.gz").read_bytes()[:50])
+    write_labels(pred / "case_2.nii.gz", reference_of(2), spacing=(3.0, 1.0, 1.0))
+    (pred / "case_3.nii.gz").unlink()
+    (gt / "case_4.nii.gz").unlink()
+    (pred / "case_5.npz").write_bytes(b"PK no archive")
+    arguments = ["evaluate", "-pred", str(pred), "-gt", str(gt), "-np", "1", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    problems = [line for line in printed.err.splitlines() if line.startswith("not evaluated: ")]
+    for case, reason in (
+        ("case_1", "cannot be read"),
+        ("case_2", "same geometry"),
+        ("case_3", "1 reference(s) without prediction"),
+        ("case_4", "no reference"),
+        ("case_5", "probabilities not"),
+    ):
+        assert any(case in line and reason in line for line in problems), (case, problems)
+    assert len(problems) == 5 and "organ" in printed.out
+    summary = read_summary(tmp_path / "out")
+    assert [row["case"] for row in summary["metric_per_case"]] == ["case_0", "case_5"]
+    assert sorted(summary["failed"]) == ["case_1", "case_2", "case_4", "case_5"] and summary["missing"] == ["case_3"]
+    assert summary["calibration"]["cases"] == 1
+    assert summary["calibration"]["cases_without_probabilities"] == ["case_5"]
+    assert "lack probabilities: case_5" in printed.err
+    assert untouched.read_text() == "nnU-Net's own"
+    assert main([*arguments, "--chill"]) == 0
+    # Both cases without any good file: an older result stays, also with --chill.
+    before = (tmp_path / "out" / OUTPUTS[0]).read_bytes()
+    for case in ("case_0", "case_5"):
+        (pred / f"{case}.nii.gz").write_bytes(b"")
+    assert main([*arguments, "--chill"]) == 1
+    assert "none of the 5 case(s)" in capsys.readouterr().err
+    assert (tmp_path / "out" / OUTPUTS[0]).read_bytes() == before
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [(lambda p: p[:2], "labels and reference need"), (lambda p: 9 * p, "logits"), (lambda p: None, "'probabilities'")],
+)
+def test_unusable_probabilities_keep_the_segmentation_metrics(tmp_path, array, reason):
+    pred, gt = make_folders(tmp_path, cases=1)
+    changed = array(np.load(pred / "case_0.npz")["probabilities"])
+    np.savez(pred / "case_0.npz", **({"other": np.zeros(1)} if changed is None else {"probabilities": changed}))
+    result = evaluate(pred, gt)
+    assert reason in result.failed["case_0"]
+    assert result.report["metric_per_case"][0]["metrics"]["1"]["Dice"] > 0.5 and "calibration" not in result.report
+
+
+def test_2d_images_next_to_the_pictures_that_are_written(tmp_path):
+    import skimage.io
+
+    pred, gt = tmp_path / "pred", tmp_path / "gt"
+    pred.mkdir()
+    gt.mkdir()
+    (pred / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}, "file_ending": ".png"}))
+    reference = np.zeros((24, 30), np.uint8)
+    reference[4:15, 6:20] = 1
+    p = probabilities_of(reference[None], np.random.default_rng(0), classes=2)
+    for folder, labels in ((pred, np.roll(reference, 3, axis=0)), (gt, reference)):
+        skimage.io.imsave(folder / "a.png", labels, check_contrast=False)
+    np.savez(pred / "a.npz", probabilities=p)
+    for _ in range(2):  # the second time beside reliability.png, which is no prediction
+        result = evaluate(pred, gt)
+        assert result.failed == {} and [r["case"] for r in result.report["metric_per_case"]] == ["a"]
+    values = result.report["metric_per_case"][0]["metrics"]["1"]
+    assert values["HD95"] == 3 and math.isnan(values["volume_ref_ml"]) and values["volume_error"] == 0
+    assert values["nll"] == pytest.approx(label_calibration(p[1], reference[None] == 1).nll)
+
+
+def test_notes_are_no_failure(tmp_path, capsys):
+    import SimpleITK as sitk
+
+    pred, gt = make_folders(tmp_path, cases=1, npz=False)
+    labels = sitk.ReadImage(str(gt / "case_0.nii.gz"))
+    labels.SetOrigin((5.0, 0.0, 0.0))
+    labels[0, 0, 0] = 7
+    sitk.WriteImage(labels, str(gt / "case_0.nii.gz"))
+    assert main(["evaluate", "-pred", str(pred), "-gt", str(gt), "-np", "1"]) == 0
+    printed = capsys.readouterr().err
+    assert "the origin of prediction" in printed and "[7]" in printed
+
+
+def test_dataset_json_is_found_where_nnunet_leaves_it(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=1, npz=False)
+    assert find_dataset_json(pred) == pred / "dataset.json"
+    model = tmp_path / "nnUNetTrainer__nnUNetPlans__2d"
+    validation = model / "fold_0" / "validation"
+    validation.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="-djfile"):
+        find_dataset_json(validation)
+    (pred / "dataset.json").rename(model / "dataset.json")
+    assert find_dataset_json(validation) == model / "dataset.json"
+    with pytest.raises(FileNotFoundError, match="-djfile"):
+        evaluate(pred, gt)
+    assert evaluate(pred, gt, dataset_json=model / "dataset.json").failed == {}
+
+
+def test_plans_name_the_reader(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=1)
+    plans = {"image_reader_writer": "NibabelIO", "label_manager": "LabelManager"}
+    (pred / "plans.json").write_text(json.dumps(plans))
+    by_nibabel = evaluate(pred, gt).report
+    assert load_task(pred / "dataset.json", pred / "plans.json").reader.__name__ == "NibabelIO"
+    (pred / "plans.json").unlink()
+    by_sitk = evaluate(pred, gt).report
+    assert by_nibabel["mean"]["1"] == pytest.approx(by_sitk["mean"]["1"])
+
+
+@pytest.mark.parametrize(
+    "content", [{"labels": {"organ": 1}, "file_ending": ".nii.gz"}, {"file_ending": ".nii.gz"}, {"labels": LABELS}]
+)
+def test_unusable_dataset_json_is_one_clear_error(tmp_path, content):
+    pred, gt = make_folders(tmp_path, cases=1, npz=False)
+    (pred / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="nnU-Net cannot use .*dataset.json"):
+        evaluate(pred, gt)
+
+
+def test_wrong_calls_are_refused_before_any_work(tmp_path, capsys):
+    pred, gt = make_folders(tmp_path, cases=1)
+    call = ["evaluate", "-pred", str(pred), "-gt", str(gt)]
+    for extra, message in (
+        (["--nsd-tolerance", "-1"], "nsd_tolerance"),
+        (["--band", "nan"], "band_mm"),
+        (["--bins", "0"], "bins"),
+        (["-np", "0"], "-np"),
+    ):
+        assert main([*call, *extra]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["evaluate", "-pred", str(pred)]) == 1
+    assert main(["evaluate", "-pred", str(pred), "-gt", str(tmp_path / "none")]) == 1
+    assert not (pred / OUTPUTS[0]).exists()
+
+
+def test_jobs_and_results_reach_worker_processes(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=1)
+    task = load_task(pred / "dataset.json")
+    (case,), _ = find_cases(pred, gt, task)
+    job = pickle.loads(pickle.dumps((case, task, Options())))
+    result = pickle.loads(pickle.dumps(score_case(*job)))
+    assert result.statistics["all"][0].n == reference_of(0).size
+
+
+def test_a_write_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_atomically(file, "first")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match="No space left"):
+        write_atomically(file, "second")
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
