@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-PLANNERS: dict[str, str] = {"DMEDPlanner": "nnunet_diffext.planners.dmed"}
+PLANNERS: dict[str, str] = {
+    "DMEDPlanner": "nnunet_diffext.planners.dmed",
+    "PGRDPlanner": "nnunet_diffext.planners.pgrd",
+}
 """Planner name -> module, imported only when the planner is asked for."""
 
 

@@ -55,13 +55,13 @@ class Planned:
     data_identifier: str
 
     def __str__(self) -> str:
-        parts = {"parameters, momentum, teacher, CUDA context": self.memory.fixed, "activations": self.memory.variable}
+        parts = {"parameters, optimiser, teacher, CUDA context": self.memory.fixed, "activations": self.memory.variable}
         if self.memory.workspace:
             parts["cuDNN and allocator"] = self.memory.workspace
         return (
-            f"  patch {_times(self.patch_size)}, batch {self.batch_size}: {self.memory} = "
+            f"  patch {times(self.patch_size)}, batch {self.batch_size}: {self.memory} = "
             + " + ".join(f"{value / GIB:.2f} {what}" for what, value in parts.items())
-            + f"\n  The base plans' patch {_times(self.base_patch_size)}, batch {self.base_batch_size}, would need "
+            + f"\n  The base plans' patch {times(self.base_patch_size)}, batch {self.base_batch_size}, would need "
             f"{self.base_memory}.\n  Data: {self.data_identifier}"
         )
 
@@ -159,7 +159,7 @@ class DiffextPlanner:
         own = deepcopy(self.base["configurations"][name])
         base = PlansManager(self.base).get_configuration(name).configuration
         require_unet(base["architecture"])
-        base_memory = self._estimate(_with(plans, name, base), name)
+        base_memory = self._estimate(single_configuration(plans, name, base), name)
         plans["configurations"][name] = own
         memory = None
         if "inherits_from" in own and not any(key in own for key in SIZE_KEYS):
@@ -180,22 +180,23 @@ class DiffextPlanner:
         def needed(topology: Topology, batch_size: int) -> StepMemory:
             architecture = topology.architecture(base["architecture"])
             sizes = {"patch_size": list(topology.patch_size), "batch_size": batch_size, "architecture": architecture}
-            return self._needed(_with(plans, name, {**base, **sizes}), name)
-
-        def max_batch(topology: Topology) -> int:
-            return max(MIN_BATCH, round(MAX_SHARE * self._training_voxels(name) / topology.voxels))
+            return self._needed(single_configuration(plans, name, {**base, **sizes}), name)
 
         known = Known(base_memory, prod(base["patch_size"]) * base["batch_size"])
-        sizes = largest_sizes(candidates, needed, self.target, max_batch, known)
+        sizes = largest_sizes(candidates, needed, self.target, lambda t: self.max_batch(name, t.voxels), known)
         if sizes is None:
             smallest = candidates[-1]
             raise ValueError(
                 f"{self.dataset}, {name}: {self.trainer_class.__name__} does not fit into {self.target_gb:g} GB. Its "
-                f"smallest patch, {_times(smallest.patch_size)} with batch {MIN_BATCH}, needs "
+                f"smallest patch, {times(smallest.patch_size)} with batch {MIN_BATCH}, needs "
                 f"{needed(smallest, MIN_BATCH)}. Use a GPU with more memory and -gpu_memory_target, leave the "
                 "configuration out (-c), or plan for a smaller variant (-tr)."
             )
         return sizes
+
+    def max_batch(self, name: str, voxels: int) -> int:
+        """nnU-Net's limit for the batch of a patch of so many voxels."""
+        return max(MIN_BATCH, round(MAX_SHARE * self._training_voxels(name) / voxels))
 
     def _training_voxels(self, name: str) -> float:
         """Voxels of all training cases, at the target spacing."""
@@ -222,10 +223,11 @@ class DiffextPlanner:
         configuration = PlansManager(dict(plans)).get_configuration(name).configuration
         if configuration["batch_size"] > MANY:
             smaller = ({**configuration, "batch_size": batch_size} for batch_size in (FEW, MANY))
-            few, many = (self._estimate(_with(plans, name, c), name) for c in smaller)
+            few, many = (self._estimate(single_configuration(plans, name, c), name) for c in smaller)
             return few.extrapolated(many, (configuration["batch_size"] - FEW) / (MANY - FEW))
         # 3d_fullres and 3d_lowres often come to the same sizes
-        key = json.dumps([*(configuration[k] for k in SIZE_KEYS), "previous_stage" in configuration])
+        parts = [*(configuration[k] for k in SIZE_KEYS), "previous_stage" in configuration, plans.get(PLANS_KEY)]
+        key = json.dumps(parts)
         if key not in self.estimates:
             self.estimates[key] = estimate(self.trainer_class, plans, name, self.dataset_json)
         return self.estimates[key]
@@ -267,11 +269,11 @@ class DiffextPlanner:
         )
 
 
-def _with(plans: Mapping[str, Any], name: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
+def single_configuration(plans: Mapping[str, Any], name: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The plans with this one configuration, which is complete and inherits nothing."""
     complete = {k: v for k, v in configuration.items() if k != "inherits_from"}
     return {**plans, "configurations": {name: complete}}
 
 
-def _times(shape: Sequence[int]) -> str:
+def times(shape: Sequence[int]) -> str:
     return " x ".join(str(s) for s in shape)

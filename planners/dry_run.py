@@ -64,8 +64,9 @@ class DryRun:
         if data:
             for network in (self.network, *([self.teacher] if self.teacher is not None else [])):
                 network.to(self.device)
-        self.momentum: float = settings.momentum
         self.trainer = self._trainer(trainer_class, settings, space)
+        group = self.trainer.optimizer.param_groups[0]
+        self.moments: int = 2 if "betas" in group else int(group["momentum"] > 0)
 
     def _trainer(self, trainer_class: type[DiffextTrainer], settings: Any, space: LabelSpace) -> DiffextTrainer:
         # nnUNetTrainer's constructor makes a result folder, a log file and, if configured, a Weights & Biases run

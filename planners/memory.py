@@ -36,7 +36,8 @@ class Step(Protocol):
 
     network: nn.Module
     teacher: nn.Module | None
-    momentum: float
+    moments: int
+    """Tensors that the optimiser keeps per trained parameter: 1 for SGD with momentum, 2 for Adam."""
 
     def losses(self) -> Tensor:
         """The weighted sum of the losses on a new batch, mixed precision included."""
@@ -50,7 +51,7 @@ class StepMemory:
     """Memory of one training step, in bytes.
 
     Attributes:
-        fixed: independent of patch and batch: parameters, momentum, EMA teacher, CUDA context.
+        fixed: independent of patch and batch: parameters, the optimiser's moments, EMA teacher, CUDA context.
         variable: most bytes of all other tensors that are alive at once.
         workspace: allowance for what the count does not see; 0 if measured.
         measured: on a GPU, instead of counted.
@@ -148,10 +149,15 @@ def size_in_bytes(network: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
 
 
+def trained_bytes(network: nn.Module) -> int:
+    """Bytes of the parameters that an optimiser changes."""
+    return sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+
+
 def fixed_bytes(step: Step) -> int:
-    """Bytes of network, momentum and teacher."""
-    copies = 1 + (step.momentum > 0) + (step.teacher is not None)
-    return copies * size_in_bytes(step.network)
+    """Bytes of network, the optimiser's moments and teacher."""
+    copies = 1 + (step.teacher is not None)
+    return copies * size_in_bytes(step.network) + step.moments * trained_bytes(step.network)
 
 
 def count_step(step: Step) -> StepMemory:
@@ -162,8 +168,9 @@ def count_step(step: Step) -> StepMemory:
     """
     with LiveBytes() as count:
         step.losses().backward()
-    # at the end, gradients, teacher and batch are alive; Nesterov momentum and weight decay each copy the gradients
-    variable = max(count.peak, count.live + 2 * size_in_bytes(step.network))
+    # at the end, gradients, teacher and batch are alive; Nesterov momentum and weight decay (or Adam's update and its
+    # denominator) each copy the gradients
+    variable = max(count.peak, count.live + 2 * trained_bytes(step.network))
     return StepMemory(fixed_bytes(step) + CONTEXT, variable, workspace_for(variable))
 
 
@@ -184,7 +191,7 @@ def measure_step(build: Callable[[torch.device], Step], device: torch.device) ->
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         step = build(device)
-        step.train()  # chooses cuDNN's algorithms, makes the momentum
+        step.train()  # chooses cuDNN's algorithms, makes the moments
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         step.train()

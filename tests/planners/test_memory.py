@@ -147,7 +147,7 @@ def test_plans_are_not_changed() -> None:
 class StockStep:
     """A training step of stock nnU-Net: patch 128^3, batch 2, deep supervision, Dice and cross-entropy."""
 
-    momentum, teacher = 0.99, None
+    moments, teacher = 1, None
 
     def __init__(self, network_class: type[nn.Module], **kwargs: Any) -> None:
         stages, patch = 6, 128

@@ -1,0 +1,308 @@
+"""Calibration against a known truth: several raters, drawn from a distribution that the image determines.
+
+    python benchmarks/raters.py --work DIR                # makes the data, trains and predicts everything
+    python benchmarks/raters.py --table
+
+Every volume holds a ball whose core every rater marks, a shell that a rater marks as a whole or not at all, and a blob of
+which the same is true. How often they are marked follows from their brightness, so P(y | x) is known in every voxel and is
+not a matter of taste; a training case shows one rater's answer. Scores are those of the predicted probabilities against P on
+unseen volumes: the cross-entropy -E_P log q, what it exceeds the entropy of P by (the KL divergence), and the calibration error.
+
+Methods: the nnU-Net prior of one fold, with a temperature fitted on the fold's validation cases, Monte-Carlo dropout, an
+ensemble of three seeds, and PGRDTrainer with and without its parts. All see the same 48 training volumes of fold 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from common import load_json, save_json
+from scipy.ndimage import binary_dilation, gaussian_filter
+
+from nnunet_diffext.demo.commands import nnunet_environment, run_command
+from nnunet_diffext.evaluation.provenance import provenance
+
+DATASET, CONFIGURATION, PLANS = "Dataset950_Raters", "3d_fullres", "nnUNetPlans"
+SIZE, TRAIN, TEST, FOLDS = 32, 60, 30, 5
+FLOOR = 1e-7  # of predicted probabilities inside the logarithm
+PGRD_ROWS = {
+    "PGRD": "",
+    "PGRD noDDS": "_noDDS",
+    "PGRD noPGR": "_noPGR",
+    "vanilla DDPM": "_vanillaDDPM",
+    "PGRD in-sample prior": "_insample",
+    "PGRD corrupted prior": "_corrupted",
+}
+
+
+def make_case(seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (float32), the true probability of the foreground (float32) and one rater's mask (uint8), each 32^3."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.arange(SIZE)] * 3, indexing="ij"), axis=-1).astype(float)
+    grid = grid + 1.5 * np.stack([gaussian_filter(rng.normal(size=(SIZE,) * 3), 4) * 40 for _ in range(3)], axis=-1)
+    centre = rng.uniform(13, 19, size=3)
+    distance = np.linalg.norm(grid - centre, axis=-1)
+    radius = rng.uniform(4.5, 6.5)
+    core, shell = distance <= radius, (distance > radius) & (distance <= radius + rng.uniform(1.5, 3.5))
+    direction = rng.normal(size=3)
+    blob_centre = centre + direction / np.linalg.norm(direction) * rng.uniform(11, 12.5)
+    blob = (np.linalg.norm(grid - blob_centre, axis=-1) <= rng.uniform(2.5, 4)) & ~core & ~shell
+    image, truth, mask = np.zeros((SIZE,) * 3), np.zeros((SIZE,) * 3), np.zeros((SIZE,) * 3, dtype=np.uint8)
+    image[core], truth[core], mask[core] = 1.0, 1.0, 1
+    for part in (shell, blob):
+        brightness = rng.uniform(0.15, 0.75)
+        probability = (brightness - 0.15) / 0.6
+        image[part], truth[part] = brightness, probability
+        mask[part] = rng.random() < probability
+    image = gaussian_filter(image, 0.6) + rng.normal(0, 0.25, size=image.shape)
+    return image.astype(np.float32), truth.astype(np.float32), mask
+
+
+def write(array: np.ndarray, path: Path) -> None:
+    """As an image of unit spacing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+
+def prepare(work: Path) -> dict[str, str]:
+    """Data, plans, preprocessing and splits below ``work``, each made once. Returns the environment for commands."""
+    env = nnunet_environment(work)
+    raw, preprocessed = Path(env["nnUNet_raw"]) / DATASET, Path(env["nnUNet_preprocessed"]) / DATASET
+    if not (raw / "dataset.json").is_file():
+        for group, count in (("Tr", TRAIN), ("Ts", TEST)):
+            for index in range(count):
+                image, truth, mask = make_case((group == "Ts", index))
+                case = f"case_{index:03d}"
+                write(image, raw / f"images{group}" / f"{case}_0000.nii.gz")
+                write(mask, raw / f"labels{group}" / f"{case}.nii.gz")
+                write(truth, raw / f"truth{group}" / f"{case}.nii.gz")
+        content = {
+            "channel_names": {"0": "synthetic"}, "labels": {"background": 0, "object": 1}, "numTraining": TRAIN,
+            "file_ending": ".nii.gz",
+        }  # fmt: skip
+        save_json(content, raw / "dataset.json")
+    if not (preprocessed / "prepared").is_file():
+        log = work / "logs" / "prepare.log"
+        run_command(["nnUNetv2_extract_fingerprint", "-d", "950", "-np", "1", "--no_pbar"], env, log)
+        run_command(["nnUNetv2_plan_experiment", "-d", "950"], env, log)
+        edit_plans(preprocessed / f"{PLANS}.json")
+        run_command(["nnUNetv2_preprocess", "-d", "950", "-c", CONFIGURATION, "-np", "1", "--no_pbar"], env, log)
+        cases = [f"case_{i:03d}" for i in range(TRAIN)]
+        folds = [cases[k::FOLDS] for k in range(FOLDS)]
+        splits = [{"train": [c for c in cases if c not in val], "val": val} for val in folds]
+        (preprocessed / "splits_final.json").write_text(json.dumps(splits))
+        (preprocessed / "prepared").touch()
+    return env
+
+
+def edit_plans(file: Path) -> None:
+    """A network that two CPU cores train in minutes; a second plans file of it has dropout."""
+    plans = load_json(file)
+    configuration = plans["configurations"][CONFIGURATION]
+    configuration.update(patch_size=[SIZE] * 3, batch_size=2)
+    configuration["architecture"]["arch_kwargs"] |= {
+        "n_stages": 4, "features_per_stage": [8, 16, 32, 64], "strides": [[1] * 3] + [[2] * 3] * 3,
+        "kernel_sizes": [[3] * 3] * 4, "n_conv_per_stage": [2] * 4, "n_conv_per_stage_decoder": [2] * 3,
+    }  # fmt: skip
+    save_json(plans, file)
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    kwargs.update(dropout_op="torch.nn.modules.dropout.Dropout3d", dropout_op_kwargs={"p": 0.1, "inplace": False})
+    plans["plans_name"] = f"{PLANS}Dropout"
+    save_json(plans, file.with_name(f"{PLANS}Dropout.json"))
+
+
+def band_of(truth: np.ndarray) -> np.ndarray:
+    """Voxels within 3 of anything that some rater marks."""
+    return binary_dilation(truth > 0, iterations=3)
+
+
+def score(q: np.ndarray, truth: np.ndarray, bins: int = 15) -> dict[str, float]:
+    """Predicted probabilities of the foreground against the true ones, in the band; float64."""
+    q, p = q.astype(float), truth.astype(float)
+    log_q, log_not_q = np.log(np.clip(q, FLOOR, 1)), np.log(np.clip(1 - q, FLOOR, 1))
+    entropy = -(np.where(p > 0, p * np.log(np.clip(p, FLOOR, 1)), 0) + np.where(p < 1, (1 - p) * np.log(np.clip(1 - p, FLOOR, 1)), 0))
+    cross = -(p * log_q + (1 - p) * log_not_q)
+    confidence, right = np.maximum(q, 1 - q), np.where(q >= 0.5, p, 1 - p)
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs((confidence - right)[index == b].sum()) for b in range(bins)]
+    return {
+        "nll": float(cross.mean()),
+        "kl": float((cross - entropy).mean()),
+        "ece": float(sum(gaps) / q.size),
+        "rmse": float(np.sqrt(((q - p) ** 2).mean())),
+    }
+
+
+def dice(q: np.ndarray, mask: np.ndarray) -> float:
+    """Of the decision at 0.5 with one rater."""
+    a, b = q > 0.5, mask > 0
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def evaluate(probabilities: dict[str, np.ndarray], raw: Path, group: str = "Ts") -> dict[str, Any]:
+    """Mean over cases; ``probabilities`` maps cases to foreground probabilities."""
+    rows = []
+    for case, q in sorted(probabilities.items()):
+        truth = sitk.GetArrayFromImage(sitk.ReadImage(str(raw / f"truth{group}" / f"{case}.nii.gz")))
+        mask = sitk.GetArrayFromImage(sitk.ReadImage(str(raw / f"labels{group}" / f"{case}.nii.gz")))
+        band = band_of(truth)
+        rows.append({**score(q[band], truth[band]), "dice": dice(q, mask), "dice_truth": dice(q, truth > 0.5)})
+    return {key: float(np.mean([r[key] for r in rows])) for key in rows[0]} | {"cases": len(rows), "per_case": rows}
+
+
+def read_probabilities(folder: Path) -> dict[str, np.ndarray]:
+    """Foreground probabilities of a prediction folder with npz files."""
+    return {f.stem: np.load(f)["probabilities"][1] for f in sorted(folder.glob("*.npz"))}
+
+
+class Benchmark:
+    """Trains, predicts and scores; what is finished is not repeated."""
+
+    def __init__(self, work: Path, epochs: int, iterations: int, out: Path) -> None:
+        self.work, self.out = work, out
+        self.budget = f"{epochs}epochs_{iterations}iters_2valiters"
+        self.env = prepare(work)
+        self.raw = Path(self.env["nnUNet_raw"]) / DATASET
+        self.results = Path(self.env["nnUNet_results"]) / DATASET
+
+    def prior(self, seed: int = 1) -> str:
+        """Trainer name of the stock nnU-Net."""
+        return f"nnUNetTrainer_{self.budget}_seed{seed}"
+
+    def folder(self, trainer: str, plans: str = PLANS) -> Path:
+        """Model folder."""
+        return self.results / f"{trainer}__{plans}__{CONFIGURATION}"
+
+    def train(self, trainer: str, fold: int = 0, plans: str = PLANS) -> Path:
+        """One training through the stock command."""
+        output = self.folder(trainer, plans) / f"fold_{fold}"
+        if not (output / "checkpoint_final.pth").is_file():
+            shutil.rmtree(output, ignore_errors=True)
+            env = {**self.env, "nnUNet_diffext_prior": str(self.folder(self.prior()))}
+            command = ["nnUNetv2_train", "950", CONFIGURATION, str(fold), "-tr", trainer, "-p", plans, "-device", "cpu"]
+            run_command(command, env, self.work / "logs" / f"{trainer}_{plans}_{fold}.log")
+        return self.folder(trainer, plans)
+
+    def predict(self, name: str, model: Path, *flags: str, images: str = "imagesTs") -> dict[str, np.ndarray]:
+        """Foreground probabilities of the test cases, through ``nnunet_diffext predict`` without mirroring."""
+        out = self.work / "predictions" / name.replace(" ", "_")
+        command = ["nnunet_diffext", "predict", "-i", str(self.raw / images), "-o", str(out), "-m", str(model), "-f", "0"]
+        command += ["--save_probabilities", "--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
+        shutil.rmtree(out, ignore_errors=True)
+        run_command(command, self.env, self.work / "logs" / f"predict_{out.name}.log")
+        return read_probabilities(out)
+
+    def record(self, name: str, probabilities: dict[str, np.ndarray], **more: Any) -> None:
+        """Add one row to the result file."""
+        content = load_json(self.out)
+        scores = evaluate(probabilities, self.raw)
+        content.setdefault("rows", {})[name] = scores | more
+        content.setdefault("provenance", provenance())
+        save_json(content, self.out)
+        print(f"{name}: " + ", ".join(f"{k} {scores[k]:.4f}" for k in ("nll", "kl", "ece", "dice")), flush=True)
+
+    def baselines(self) -> None:
+        """The prior, with temperature, ensemble, MC dropout."""
+        model = self.train(self.prior())
+        self.record("nnU-Net", self.predict("prior", model, "--no_temperature"))
+        command = ["nnunet_diffext", "calibrate", "-m", str(model), "-f", "0", "--disable_tta", "-device", "cpu"]
+        run_command(command, self.env, self.work / "logs" / "calibrate.log")
+        fitted = load_json(model / "calibration.json")
+        self.record("nnU-Net + temperature", self.predict("prior_T", model), temperature=fitted.get("temperature"))
+        members = [self.predict(f"seed{s}", self.train(self.prior(s)), "--no_temperature") for s in (1, 2, 3)]
+        self.record("ensemble of 3", {c: np.mean([m[c] for m in members], axis=0) for c in members[0]})
+        dropout = self.train(self.prior(), plans=f"{PLANS}Dropout")
+        self.record("MC dropout, 16 passes", mc_dropout(dropout, self.raw, self.env, passes=16))
+
+    def pgrd(self, rows: list[str]) -> None:
+        """PGRD and its ablations around the prior of fold 0, out-of-fold priors from the other folds."""
+        for fold in range(FOLDS):
+            self.train(self.prior(), fold)
+        for name in rows:
+            trainer = f"PGRDTrainer{PGRD_ROWS[name]}_{self.budget}_seed1"
+            model = self.train(trainer)
+            for steps, samples in ((1, 1), (10, 4), (10, 16)):
+                flags = ["--no_temperature"]
+                if steps > 1:
+                    flags += ["-steps", str(steps), "-samples", str(samples)]
+                    flags += ["-sampler", "ddpm" if "DDPM" in name else "ddim"]
+                elif "DDPM" in name:
+                    continue  # one step from pure noise is undefined for noise prediction
+                else:
+                    flags += ["-samples", "0"]
+                label = f"{name}, one step" if steps == 1 else f"{name}, {steps} steps x {samples}"
+                self.record(label, self.predict(label.replace(",", ""), model, *flags))
+
+
+def mc_dropout(model: Path, raw: Path, env: dict[str, str], passes: int) -> dict[str, np.ndarray]:
+    """Mean probability over stochastic passes. The volume is one tile, its preprocessing one normalisation."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    os.environ.update(env)
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    network = predictor.network
+    network.load_state_dict(predictor.list_of_parameters[0])
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout3d):
+            module.train()
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    torch.manual_seed(0)
+    result = {}
+    for file in sorted((raw / "imagesTs").glob("*.nii.gz")):
+        image, properties = SimpleITKIO().read_images([str(file)])
+        data, _, _ = preprocessor.run_case_npy(
+            image, None, properties, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+        )
+        with torch.inference_mode():
+            x = torch.from_numpy(np.asarray(data))[None].float()
+            p = torch.stack([network(x).softmax(1)[0, 1] for _ in range(passes)]).mean(0)
+        result[file.name[: -len("_0000.nii.gz")]] = p.numpy()
+    return result
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| method | NLL against P | KL | ECE | RMSE | Dice with a rater | Dice with P > 0.5 |", "|---" * 7 + "|"]
+    for name, r in content.get("rows", {}).items():
+        values = [f"{r[k]:.4f}" for k in ("nll", "kl", "ece", "rmse", "dice", "dice_truth")]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for data, results and logs")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument("--rows", nargs="+", default=list(PGRD_ROWS), help="which PGRD rows")
+    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    args = parser.parse_args()
+    if args.table:
+        print(table(load_json(args.out)))
+        return 0
+    if args.work is None:
+        parser.error("--work is needed, except with --table")
+    benchmark = Benchmark(args.work, args.epochs, args.iters, args.out)
+    if not args.no_baselines:
+        benchmark.baselines()
+    benchmark.pgrd(args.rows)
+    print(table(load_json(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
