@@ -13,7 +13,7 @@ from nnunet_diffext.data.mixing import invert_half, paste, random_cuboid
 from nnunet_diffext.losses.contrastive import inter_expert_alignment
 from nnunet_diffext.losses.schedules import gaussian_ramp
 from nnunet_diffext.networks.dmed import EXPERTS, FUSIONS, DMEDNet, DMEDOutput
-from nnunet_diffext.settings import MethodSettings, setting
+from nnunet_diffext.settings import MethodSettings, SettingsError, setting
 from nnunet_diffext.trainers.semisupervised import SemiSupervisedTrainer
 
 
@@ -104,6 +104,16 @@ class DMEDSettings(MethodSettings):
         number="#percent", minimum=0, maximum=100,
     )  # fmt: skip
     noise_seed: int = setting(0, "seed of the diffusion expert's noise at prediction", number="noise#", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts == "ce":
+            switches = {"leaky": self.leaky, "recycle": self.recycle, "halfDE": not self.full_resolution_de}
+            useless = ", ".join(name for name, on in switches.items() if on)
+            if useless:
+                raise SettingsError(f"{useless}: concerns the diffusion expert, which 'CEonly' leaves out.")
+        if self.recycle and self.diffusion_weight == 0:
+            raise SettingsError("'recycle' changes the diffusion pass, which 'TOnly' (diffusion_weight 0) leaves out.")
 
 
 class DMEDSegTrainer(SemiSupervisedTrainer):

@@ -212,7 +212,7 @@ def _check_compile() -> Check:
         return Check("torch.compile", "ok", "off (nnUNet_compile)")
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         return Check("torch.compile", "warn", "on, but no C compiler", "install gcc, or export nnUNet_compile=f")
-    return Check("torch.compile", "ok", "on (export nnUNet_compile=f to switch it off)")
+    return Check("torch.compile", "ok", "on for stock trainers (off: export nnUNet_compile=f), never for ours")
 
 
 def _find_trainers(names: list[str], env: dict[str, str]) -> dict[str, str]:

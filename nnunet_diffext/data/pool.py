@@ -137,23 +137,21 @@ def stored_file(folder: Path, identifier: str) -> Path | None:
 def find_unlabeled(
     preprocessed_dataset_dir: str | Path,
     data_identifier: str,
-    split: Split | None,
+    split: Split,
     fold: int | str,
     *,
-    ignored: Iterable[str] = (),
     cascade_folder: str | Path | None = None,
 ) -> UnlabeledPool:
     """All cases to learn from without labels.
 
     These are the ``unlabeled`` ids of the split (in the folder of the labelled cases, or in that of the unlabelled
-    ones), everything in ``<data_identifier>_unlabeled``, and ``ignored``.
+    ones) and everything in ``<data_identifier>_unlabeled``.
 
     Args:
         preprocessed_dataset_dir: ``<nnUNet_preprocessed>/<dataset>``.
         data_identifier: of the configuration.
-        split: of the fold; None for fold ``"all"``, which trains on every labelled case.
+        split: of the fold.
         fold: for messages.
-        ignored: labelled cases without annotated voxels, from :func:`entirely_ignored`.
         cascade_folder: segmentations of the previous stage; cases that have none are left out and reported.
 
     Raises:
@@ -163,18 +161,17 @@ def find_unlabeled(
     root = Path(preprocessed_dataset_dir)
     labeled_dir, unlabeled_dir = root / data_identifier, unlabeled_folder(root, data_identifier)
     cases = {identifier: unlabeled_dir for identifier in _identifiers(unlabeled_dir)}
-    labeled = _identifiers(labeled_dir) if split is None else {*split.train, *split.val}
-    both = sorted(set(cases) & labeled)
+    both = sorted(set(cases) & {*split.train, *split.val})
     if both:
         raise ValueError(
-            f"{unlabeled_dir} holds {both}, which fold {fold} uses as training or validation cases"
-            f"{'' if split is None else f' ({root / SPLITS_FILE})'}. Delete their files there, or change the split."
+            f"{unlabeled_dir} holds {both}, which fold {fold} uses as training or validation cases "
+            f"({root / SPLITS_FILE}). Delete their files there, or change the split."
         )
-    for identifier in (*(split.unlabeled if split is not None else ()), *ignored):
+    for identifier in split.unlabeled:
         # Cases of both folders are the same image; the labelled folder is what nnU-Net keeps up to date.
         if stored_file(labeled_dir, identifier) is not None:
             cases[identifier] = labeled_dir
-    missing = [] if split is None else sorted(set(split.unlabeled) - set(cases))
+    missing = sorted(set(split.unlabeled) - set(cases))
     if missing:
         number = dataset_id(root.name)
         raise FileNotFoundError(

@@ -184,11 +184,10 @@ def preprocess_extra(tiny) -> Path:
 def test_find_unlabeled_unites_all_sources(tiny) -> None:
     folder = preprocess_extra(tiny)
     split = Split((IDS[0], IDS[6]), (IDS[5],), tuple(IDS[1:4]))
-    pool = find_unlabeled(tiny.preprocessed, IDENTIFIER, split, 0, ignored=[IDS[6]])
-    expected = dict.fromkeys([*IDS[1:4], IDS[6]], tiny.labeled_dir) | dict.fromkeys(["extra_000", "extra_001"], folder)
+    pool = find_unlabeled(tiny.preprocessed, IDENTIFIER, split, 0)
+    expected = dict.fromkeys(IDS[1:4], tiny.labeled_dir) | dict.fromkeys(["extra_000", "extra_001"], folder)
     assert pool.cases == expected and list(pool.cases) == sorted(expected)
     assert pool.without_previous_stage == ()
-    assert set(find_unlabeled(tiny.preprocessed, IDENTIFIER, None, "all").cases) == {"extra_000", "extra_001"}
     # An id of the split may be in the unlabelled folder only; one that is in both is served from the labelled folder.
     shutil.copyfile(folder / "extra_000.b2nd", folder / f"{IDS[1]}.b2nd")
     split = Split((IDS[0],), (IDS[5],), (IDS[1], "extra_001"))
@@ -204,13 +203,10 @@ def test_find_unlabeled_without_any(tiny) -> None:
 def test_find_unlabeled_rejects(tiny) -> None:
     with pytest.raises(FileNotFoundError, match=r"fold 2.*\['nobody'\].*nnUNetv2_preprocess -d 951"):
         find_unlabeled(tiny.preprocessed, IDENTIFIER, Split((), (), ("nobody", IDS[0])), 2)
-    folder = preprocess_extra(tiny)
+    preprocess_extra(tiny)
     for split in (Split(("extra_000",), ()), Split((), ("extra_000",))):
         with pytest.raises(ValueError, match=r"holds \['extra_000'\], which fold 2 uses"):
             find_unlabeled(tiny.preprocessed, IDENTIFIER, split, 2)
-    shutil.copyfile(folder / "extra_000.b2nd", tiny.labeled_dir / "extra_000.b2nd")
-    with pytest.raises(ValueError, match="fold all uses"):
-        find_unlabeled(tiny.preprocessed, IDENTIFIER, None, "all")
 
 
 def test_entirely_ignored(tiny) -> None:

@@ -113,7 +113,8 @@ def test_descriptions() -> None:
 def test_every_described_token_makes_a_trainer(base: str, info: TokenInfo) -> None:
     """The class differs from its base in its settings, unless the token spells out a default."""
     settings = find_trainer(base).Settings
-    token = info.pattern.replace("<number>", "1")
+    number = {"T<number>": "500", "momentum<number>": "0p5"}.get(info.pattern, "1")  # 1 is out of their range in PGRD
+    token = info.pattern.replace("<number>", number)
     name = f"{base}_{token}"
     variant = find_trainer(name)
     assert variant.__name__ == name and issubclass(variant, find_trainer(base))
@@ -182,7 +183,7 @@ def test_other_names_are_missing_attributes(name: str) -> None:
 
 
 def test_unknown_trainer_lists_the_known_ones() -> None:
-    with pytest.raises(AttributeError, match="NoSuchTrainer.*DMEDSegTrainer, nnUNetTrainer"):
+    with pytest.raises(AttributeError, match="NoSuchTrainer.*DMEDSegTrainer, PGRDTrainer, nnUNetTrainer"):
         find_trainer("NoSuchTrainer")
 
 
