@@ -32,7 +32,7 @@ class DMEDSettings(MethodSettings):
             "the paper's recipe: pseudo-labels without perturbation or teacher, features fused, SGD 0.9, 300 epochs",
             {
                 "copy_paste": 0.0, "strong_intensity": False, "ema_decay": 0.0, "momentum": 0.9, "epochs": 300,
-                "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0,
+                "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0, "coupled": True,
             },
         ),
     }  # fmt: skip
@@ -66,8 +66,12 @@ class DMEDSettings(MethodSettings):
         0.25, "share of the training over which lambda_cac grows, exp(-5 (1 - t)^2)", number="ramp#", minimum=0
     )
     expert_supervision: float = setting(
-        0.5, "weight of the losses on P_DE and P_CE, which eq. 4 leaves without gradient",
+        1.0, "weight of the losses on P_DE and P_CE, which eq. 4 leaves without gradient",
         number="expert#", switches={"eq4": 0.0}, minimum=0,
+    )  # fmt: skip
+    coupled: bool = setting(
+        False, "the loss on the fused prediction trains the experts as well, or only the fusion; always with eq4",
+        switches={"coupled": True},
     )  # fmt: skip
     diffusion_weight: float = setting(
         0.5, "weight of the diffusion loss on labelled images (x0-prediction at random t)",
@@ -143,6 +147,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             experts=s.experts,
             fusion=s.fusion,
             fuse_predictions=s.fuse_predictions,
+            coupled=s.coupled or s.expert_supervision == 0,
             full_resolution_de=s.full_resolution_de,
             embedding_channels=128 if s.lambda_iefa > 0 else 0,
             schedule=s.schedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ class DMEDNet(nn.Module):
         experts: ``"both"``, or one of ``"de"``, ``"ce"`` alone (Table 2, first rows).
         fusion: ``"transformer"`` (DFM) or ``"average"`` of the two probability maps (Table 2, third row).
         fuse_predictions: see :class:`DynamicFusion`.
+        coupled: the loss on the fused prediction reaches the experts. Otherwise it trains the fusion alone: members of
+            an ensemble that learn from their joint output come to depend on each other (Jeffares et al. 2023).
         full_resolution_de: DE runs at full resolution; otherwise it starts at the resolution of the second stage.
         embedding_channels: width of the projections for the feature alignment (eq. 3); 0 builds none.
         schedule: noise schedule of DE.
@@ -62,6 +65,7 @@ class DMEDNet(nn.Module):
         experts: str = "both",
         fusion: str = "transformer",
         fuse_predictions: bool = True,
+        coupled: bool = True,
         full_resolution_de: bool = True,
         embedding_channels: int = 128,
         schedule: str = "cosine",
@@ -73,6 +77,7 @@ class DMEDNet(nn.Module):
         self.label_space = label_space
         self.target_scale = target_scale
         self.noise_seed = noise_seed
+        self.coupled = coupled
         self.schedule = NoiseSchedule(schedule)
         self.mode = "trilinear" if architecture.conv_op is nn.Conv3d else "bilinear"
         self._noise: tuple[tuple, Tensor] | None = None  # of the last patch size: drawing it takes longer than a pass
@@ -138,23 +143,31 @@ class DMEDNet(nn.Module):
             p = (self.label_space.probabilities(de.logits) + self.label_space.probabilities(ce.logits)) / 2
             fused = self.label_space.log_probabilities(p)
         else:
-            fused, weights = self.fusion(de.features, ce.features, de.logits, ce.logits)
+            fused, weights = self.fusion(*self.fusion_inputs(de, ce))
         embeddings = None
         if self.project is not None and self.training:
             embeddings = (self.project[0](de.features[-1]), self.project[1](ce.features[-1]))
         return DMEDOutput(fused, de.logits, ce.logits, weights, embeddings, None)
 
+    def fusion_inputs(self, de: UNetOutput, ce: UNetOutput) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Arguments of :class:`DynamicFusion`: both experts' features at the same levels, and their logits."""
+        if not self.coupled:
+            de, ce = (UNetOutput(out.logits.detach(), [f.detach() for f in out.features]) for out in (de, ce))
+        features = de.features
+        if self.lift_de is not None:
+            finest = interpolate(features[0], size=de.logits.shape[2:], mode=self.mode)
+            features = [self.lift_de(finest), *features]
+        return features, ce.features, de.logits, ce.logits
+
     def de_pass(self, image: Tensor, noisy_mask: Tensor, t: Tensor | None = None) -> UNetOutput:
-        """One pass of the diffusion expert: predicted clean mask (x0, as logits) and features, at full resolution."""
+        """One pass of the diffusion expert: predicted clean mask (x0, as logits) at full resolution, and features."""
         if t is None:
             t = torch.full((len(image),), self.schedule.timesteps - 1, device=image.device)
         out = self.de(image, noisy_mask, t)
         size = image.shape[2:]
         if out.logits.shape[2:] == size:
             return out
-        finest = interpolate(out.features[0], size=size, mode=self.mode)
-        features = [self.lift_de(finest), *out.features] if self.lift_de is not None else out.features
-        return UNetOutput(interpolate(out.logits, size=size, mode=self.mode), features)
+        return out._replace(logits=interpolate(out.logits, size=size, mode=self.mode))
 
     def noised(self, onehot: Tensor) -> tuple[Tensor, Tensor]:
         """Random timesteps ``(B,)`` and ``y_t = sqrt(abar_t) b (2 y - 1) + sqrt(1 - abar_t) eps``, ``(B, K, *)``."""

@@ -194,6 +194,7 @@ def test_the_papers_recipe() -> None:
     assert (s.lambda_cac, s.lambda_iefa) == (1.0, 0.5)
     assert (s.copy_paste, s.strong_intensity, s.ema_decay, s.fuse_predictions) == (0.0, False, 0.0, False)
     assert (s.ramp, s.confidence_threshold, s.experts, s.fusion) == (1.0, None, "both", "transformer")
+    assert s.coupled  # eq. 4 trains everything through the fused prediction
 
 
 @pytest.mark.parametrize(
@@ -213,3 +214,10 @@ def test_the_papers_recipe() -> None:
 )
 def test_rows_of_the_papers_tables(tokens: str, expected: dict[str, Any]) -> None:
     assert find_trainer(f"DMEDSegTrainer_{tokens}").overrides == expected
+
+
+@pytest.mark.parametrize("tokens", ["CEonly_leaky", "CEonly_recycle", "CEonly_halfDE", "recycle_TOnly"])
+def test_tokens_that_cancel_each_other_are_refused(tokens: str) -> None:
+    """A name must not promise an ablation that does nothing."""
+    with pytest.raises(SettingsError, match="leaves out"):
+        find_trainer(f"DMEDSegTrainer_{tokens}")

@@ -12,7 +12,7 @@ from torch import nn
 ROWS = [
     "", "CEonly", "DEonly", "fixedAverage", "noCACL_noIEFA", "noIEFA", "noCACL", "halfDE", "featuresOnly", "eq4",
     "TOnly", "leaky", "recycle", "paper", "threshold0p5", "iefaUncertain", "noEMA", "noCopyPaste", "oneDirection",
-    "noStrong", "halfDE_fixedAverage", "CEonly_recycle_leaky",
+    "noStrong", "halfDE_fixedAverage", "coupled", "halfDE_coupled",
 ]  # fmt: skip
 # nothing but a weight of zero stands between these heads and a gradient
 WITHOUT_WEIGHT = {
@@ -80,3 +80,13 @@ def test_parameters_called_without_effect_have_none() -> None:
             if name in without_effect(net):
                 p.add_(1.0)
         torch.testing.assert_close(net(image), reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "reached"), [("", False), ("halfDE", False), ("coupled", True), ("eq4", True)])
+def test_whether_the_fused_loss_reaches_the_experts(tokens: str, reached: bool) -> None:
+    """By default it trains the fusion alone; the experts have losses of their own."""
+    trainer = ready_trainer(tokens)
+    trainer.compute_losses(make_batch(trainer))["sup"].backward()
+    touched = {name.split(".")[0] for name, p in trainer.network.named_parameters() if p.grad is not None}
+    assert {"fusion"} <= touched and ({"de", "ce"} <= touched) == reached
+    assert reached or touched <= {"fusion", "lift_de"}
