@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "stages", "checkpoints"},
     {"inference", "evaluation"},
     {"trainers", "planners"},
-    {"demo"},
+    {"demo", "report"},
     {"cli", "ext_trainers"},
 )
 RANK = {component: rank for rank, row in enumerate(LAYERS) for component in row}
