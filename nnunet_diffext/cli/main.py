@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "evaluate": "score predictions, with calibration, and compare models",
     "predict": "predict images with uncertainty maps and quality scores, for any model of nnU-Net",
     "calibrate": "fit the temperature of a model's probabilities on its validation cases",
+    "report": "write one HTML page about trained models: results, pictures, calibration, curves",
     "plan": "run a planner of this package on a preprocessed dataset",
     "preprocess_unlabeled": "preprocess images without labels for semi-supervised training",
     "split": "write a semi-supervised split into splits_final.json",

@@ -8,40 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nnunet_diffext.checkpoints import read_safely
+from nnunet_diffext.inference.grid import ModelPlans, preprocess, probabilities_to_original
+from nnunet_diffext.inference.members import mirror_combinations
+from nnunet_diffext.inference.model_folder import load_predictor
+from nnunet_diffext.inference.sliding import Tile, average_over_tiles
 from nnunet_diffext.networks.dmed import DMEDNet
 
 
-class ExpertMaps(nn.Module):
-    """Wraps a :class:`DMEDNet` so that nnU-Net's sliding window averages all its maps at once.
+class ExpertMaps:
+    """All maps of a :class:`DMEDNet`, for the sliding window: ``3 K + 1`` channels.
 
-    ``forward``: ``(B, C, *patch)`` -> ``(B, 3 K + 1, *patch)``: probabilities of the fused prediction, of the diffusion
-    and of the convolutional expert, then the fusion weight of the diffusion expert at the finest scale (0.5 for the
-    fixed average).
+    Probabilities of the fused prediction, of the diffusion and of the convolutional expert, then the fusion weight of
+    the diffusion expert at the finest scale (0.5 for the fixed average), averaged over mirrored passes.
 
     Raises:
         ValueError: the network has one expert only.
     """
 
-    def __init__(self, network: DMEDNet) -> None:
-        super().__init__()
+    def __init__(self, network: DMEDNet, mirrors: Sequence[tuple[int, ...]]) -> None:
         if network.de is None or network.ce is None:
             raise ValueError("This model has a single expert (CEonly, DEonly): there is nothing to compare.")
-        self.network = network
+        self.network, self.mirrors = network, mirrors
         self.channels = 3 * network.label_space.num_heads + 1
 
-    def forward(self, image: Tensor) -> Tensor:
-        """All maps of one patch, stacked as channels."""
+    def __call__(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Maps of a tile; nothing to sum."""
+        passes = [self._maps(tile.image.flip(axes)).flip(axes) for axes in self.mirrors]
+        return (sum(passes) / len(passes))[0], torch.zeros(0)
+
+    def _maps(self, image: Tensor) -> Tensor:
         net = self.network
         out = net.segment(image, net.inference_noise(image))
         probabilities = [net.label_space.probabilities(x) for x in (out.fused, out.de, out.ce)]
@@ -83,45 +84,24 @@ def expert_maps(
         trainer.
         NotImplementedError: a cascade, whose second stage needs the first one's segmentation.
     """
-    predictor, net = _load(Path(model_folder), fold, checkpoint, device, mirroring)
-    configuration, plans = predictor.configuration_manager, predictor.plans_manager
-    if configuration.previous_stage_name is not None:
+    predictor = load_predictor(model_folder, (fold,), checkpoint=checkpoint, device=device, mirroring=mirroring)
+    net = getattr(predictor.network, "_orig_mod", predictor.network)  # nnUNet_compile wraps it
+    if not isinstance(net, DMEDNet):
+        raise ValueError(f"{model_folder} holds a {predictor.trainer_name}; expert maps exist for DMEDSegTrainer only.")
+    model = ModelPlans.of(predictor)
+    if model.is_cascade:
         raise NotImplementedError("Expert maps of a cascade are not supported: its input holds a segmentation.")
 
-    preprocessor = configuration.preprocessor_class(verbose=False)
-    data, _, properties = preprocessor.run_case(list(image_files), None, plans, configuration, predictor.dataset_json)
-    labels = predictor.label_manager
-    predictor.network = ExpertMaps(net)
-    predictor.label_manager = SimpleNamespace(num_segmentation_heads=predictor.network.channels)
-    maps = predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).float().cpu()
-
+    data, properties = preprocess(model, image_files)
+    tiles = ExpertMaps(net, mirror_combinations(predictor.allowed_mirroring_axes if mirroring else None))
+    maps, _ = average_over_tiles(predictor, torch.from_numpy(data), tiles.channels, tiles)
     fused, de, ce = maps[:-1].clamp(0, 1).chunk(3)
-    logits = net.label_space.log_probabilities(fused[None])[0]
-    segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, plans, configuration, labels, properties
-    )
     confidence = net.label_space.confidence(fused[None])[0, 0]
     arrays = {"fused": fused, "de": de, "ce": ce, "weight_de": maps[-1], "confidence": confidence}
     return {
-        "image": np.asarray(data),
+        "image": data,
         **{name: value.numpy() for name, value in arrays.items()},
-        "spacing": tuple(configuration.spacing),
-        "segmentation": np.asarray(segmentation),
+        "spacing": tuple(model.configuration.spacing),
+        "segmentation": probabilities_to_original(model, fused.numpy(), properties)[0],
         "properties": properties,
     }
-
-
-def _load(
-    folder: Path, fold: int | str, checkpoint: str, device: str, mirroring: bool
-) -> tuple[nnUNetPredictor, DMEDNet]:
-    """nnU-Net's predictor for the model, and the network in it."""
-    read_safely(folder / f"fold_{fold}" / checkpoint)  # nnU-Net's own reader would run what a malicious file holds
-    predictor = nnUNetPredictor(
-        use_mirroring=mirroring, perform_everything_on_device=device == "cuda",
-        device=torch.device(device), allow_tqdm=False,
-    )  # fmt: skip
-    predictor.initialize_from_trained_model_folder(str(folder), (fold,), checkpoint)
-    net = getattr(predictor.network, "_orig_mod", predictor.network)  # nnUNet_compile wraps it
-    if not isinstance(net, DMEDNet):
-        raise ValueError(f"{folder} holds a {predictor.trainer_name}; expert maps exist for DMEDSegTrainer only.")
-    return predictor, net

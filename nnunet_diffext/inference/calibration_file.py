@@ -1,0 +1,98 @@
+"""``calibration.json`` of a model folder: the temperature, and what it was fitted for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_diffext.data.dataset import load_json
+
+NAME = "calibration.json"
+COMPARED = ("folds", "checkpoint", "mirroring", "step_size", "samples", "steps", "sampler")
+"""Settings that change probabilities; another seed draws from the same distribution."""
+
+
+def read_calibration(model_folder: Path) -> dict[str, Any] | None:
+    """Content of the file, or ``None`` without one.
+
+    Raises:
+        ValueError: damaged, or its temperature is no positive number.
+    """
+    file = model_folder / NAME
+    if not file.is_file():
+        return None
+    content = load_json(file, "")
+    temperature = content.get("temperature") if isinstance(content, dict) else None
+    usable = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not usable or not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"{file}: 'temperature' must be a positive number, but is {temperature!r}. Fit it again with "
+            "nnunet_diffext calibrate, remove it with --remove, or ignore it with predict --no_temperature."
+        )
+    return content
+
+
+def stored_temperature(model_folder: Path) -> float:
+    """The fitted temperature, or 1 without one.
+
+    Raises:
+        ValueError: see :func:`read_calibration`.
+    """
+    content = read_calibration(model_folder)
+    return 1.0 if content is None else float(content["temperature"])
+
+
+def write_calibration(model_folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write the file in one step and return its path."""
+    file = model_folder / NAME
+    temporary = file.with_name(f".{NAME}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    os.replace(temporary, file)
+    return file
+
+
+def remove_calibration(model_folder: Path) -> bool:
+    """Delete the file; whether there was one."""
+    file = model_folder / NAME
+    existed = file.is_file()
+    file.unlink(missing_ok=True)
+    return existed
+
+
+def describe_use(content: Mapping[str, Any] | None, model_folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What the user has to know when a prediction with these settings uses the calibration: one line, and warnings."""
+    if content is None:
+        return []
+    when = f", fitted {content['date']}" if "date" in content else ""
+    lines = [
+        f"Temperature {content['temperature']:.4g} ({model_folder / NAME}{when}) is applied to all probabilities; "
+        "--no_temperature switches it off."
+    ]
+    fitted = content.get("settings", {})
+    here = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    differing = [key for key in COMPARED if key in fitted and _comparable(fitted, key) != _comparable(here, key)]
+    if differing:
+        pairs = ", ".join(f"{key} {_show(fitted[key])} (now {_show(here[key])})" for key in differing)
+        lines.append(f"WARNING: the temperature was fitted with other settings: {pairs}. Calibrate again for these.")
+    if len(here["folds"]) > 1:
+        lines.append(
+            f"NOTE: the temperature was fitted on single folds; the mean of {len(here['folds'])} folds is less "
+            "confident than one of them, so the calibrated probabilities may be too modest."
+        )
+    return lines
+
+
+def _comparable(settings: Mapping[str, Any], key: str) -> Any:
+    if key == "folds":
+        return sorted(map(str, settings[key]))
+    if key in ("steps", "sampler") and not settings.get("samples"):
+        return None  # without samples they change nothing
+    return settings[key]
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,165 @@
+"""The members of a prediction's ensemble: mirrored passes x samples, of every fold.
+
+What a network has to offer:
+  * ``network(image)`` in eval mode: logits ``(B, K, *patch)``, whose softmax (sigmoid for regions) is the probability.
+  * one that can sample has also ``sample(image, noise, *, steps, sampler, seed)``: probabilities ``(B, K, *patch)`` of
+    one sample that starts from ``noise (B, K, *patch)``, and the attributes ``default_samples``, ``default_steps`` and
+    ``default_sampler``. All samples of a tile are asked for one directly after another with the same image tensor, so
+    the network may keep what depends on the image alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffext.diffusion import seeded_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How many samples per pass and how each is drawn. ``samples=0``: the deterministic ``network(image)``.
+
+    Sample ``m`` uses ``seed + m``, for its noise field and inside the sampler.
+    """
+
+    samples: int = 0
+    steps: int = 1
+    sampler: str = "ddim"
+    seed: int = 0
+
+    @property
+    def seeds(self) -> range:
+        """One per sample."""
+        return range(self.seed, self.seed + self.samples)
+
+
+def resolve_sampling(
+    network: nn.Module,
+    samples: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+) -> Sampling:
+    """What the user asked for, completed by the network's own defaults (``None``).
+
+    Raises:
+        ValueError: a value out of range, or samples asked of a network that cannot sample.
+    """
+    if not hasattr(network, "sample"):
+        if samples or steps is not None or sampler is not None:
+            raise ValueError(
+                f"{type(network).__name__} does not sample: it has one deterministic prediction. Leave out -samples, "
+                "-steps and -sampler; mirroring and several folds still give an ensemble."
+            )
+        return Sampling(seed=seed)
+    if samples is None:
+        samples = getattr(network, "default_samples", 1)
+        if steps is not None or sampler is not None:  # which the deterministic forward would ignore
+            samples = max(1, samples)
+    elif not samples and (steps is not None or sampler is not None):
+        raise ValueError("-samples 0 is the deterministic prediction: leave out -steps and -sampler.")
+    chosen = Sampling(
+        samples=samples,
+        steps=getattr(network, "default_steps", 1) if steps is None else steps,
+        sampler=getattr(network, "default_sampler", "ddim") if sampler is None else sampler,
+        seed=seed,
+    )
+    if chosen.samples < 0 or chosen.steps < 1:
+        raise ValueError(
+            f"-samples must be 0 or more and -steps 1 or more; got {chosen.samples} samples of {chosen.steps} steps."
+        )
+    return chosen
+
+
+def mirror_combinations(axes: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """Dimensions of ``(B, C, *patch)`` to flip, one tuple per pass; the first flips nothing.
+
+    Args:
+        axes: spatial axes that may be mirrored, counted from 0; ``None`` or none: a single pass.
+    """
+    shifted = [axis + 2 for axis in axes or ()]
+    return list(chain.from_iterable(combinations(shifted, n) for n in range(len(shifted) + 1)))
+
+
+class NoiseFields:
+    """One standard normal field ``(1, K, *volume)`` per sample over the padded volume: overlapping tiles agree.
+
+    Each is drawn whole by :func:`seeded_noise` and kept in a temporary file, so M fields do not occupy memory.
+
+    Args:
+        channels: K.
+        volume: spatial shape after padding.
+        seeds: one per sample.
+
+    Raises:
+        OSError: the disk of the temporary folder is full; set ``TMPDIR`` to another one.
+    """
+
+    def __init__(self, channels: int, volume: Sequence[int], seeds: Sequence[int]) -> None:
+        self.shape = (1, channels, *volume)
+        self._folder = tempfile.TemporaryDirectory(prefix="nnunet_diffext_noise_", ignore_cleanup_errors=True)
+        self._fields = [self._draw(seed) for seed in seeds]
+
+    def crop(self, index: int, where: tuple[int | slice, ...]) -> Tensor:
+        """Noise of sample ``index`` for the tile at ``where`` (an index into ``(C, *volume)``): ``(1, K, *patch)``."""
+        return self._fields[index][(slice(None), *where)].clone()
+
+    def _draw(self, seed: int) -> Tensor:
+        size = math.prod(self.shape)
+        file = Path(self._folder.name) / f"{seed}.f32"
+        with open(file, "wb") as handle:  # reserved first: a full disk is an error here, not a crash while writing
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, 4 * size)
+            handle.truncate(4 * size)
+        field = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(self.shape)
+        field.copy_(seeded_noise(self.shape, seed))
+        with contextlib.suppress(OSError):  # the mapping keeps the data: nothing is left behind after a kill
+            file.unlink()
+        return field
+
+
+def tile_members(
+    network: nn.Module,
+    image: Tensor,
+    where: tuple[int | slice, ...],
+    *,
+    mirrors: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    noise: NoiseFields | None,
+    probabilities: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[int, Tensor]]:
+    """Every member's probabilities of one tile, unmirrored.
+
+    Args:
+        network: see the module.
+        image: ``(1, C, *patch)``.
+        where: index of the tile in ``(C, *volume)``, for the noise.
+        mirrors: dimensions to flip per pass, see :func:`mirror_combinations`. The noise is flipped with the image.
+        sampling: samples per pass.
+        noise: its fields; not needed without samples.
+        probabilities: logits ``(K, *patch)`` -> probabilities.
+
+    Yields:
+        Index of the sample (0 for a deterministic network), float32 ``(K, *patch)``.
+    """
+    fields = [noise.crop(m, where).to(image.device) for m in range(sampling.samples)] if sampling.samples else []
+    for axes in mirrors:
+        flipped = image.flip(axes) if axes else image
+        undo = tuple(axis - 1 for axis in axes)
+        if not sampling.samples:
+            yield 0, probabilities(network(flipped)[0].float()).flip(undo)
+        for m, field in enumerate(fields):
+            p = network.sample(
+                flipped, field.flip(axes), steps=sampling.steps, sampler=sampling.sampler, seed=sampling.seed + m
+            )
+            yield m, p[0].float().flip(undo)
