@@ -109,7 +109,7 @@ def load_stage(folder: Path, fold: int | str) -> Stage:
     checkpoint = read_safely(checkpoint_file)
     if not {"network_weights", "trainer_name"} <= set(checkpoint):
         raise CheckpointError(f"{checkpoint_file} is no checkpoint of nnU-Net: it holds no network_weights.")
-    plans = json.loads((folder / "plans.json").read_text())
+    plans = _read_json(folder / "plans.json")
     return Stage(folder, fold, checkpoint["trainer_name"], plans, checkpoint["network_weights"])
 
 
@@ -136,10 +136,17 @@ def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, datas
         )
     file = stage.folder / "dataset.json"
     if file.is_file():
-        trained = json.loads(file.read_text())
+        trained = _read_json(file)
         for key in ("labels", "channel_names"):
             if trained.get(key) != dataset_json.get(key):
                 raise StageError(f"{stage.folder} was trained with other {key}: {trained.get(key)}.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StageError(f"{file} cannot be read: {error}. Train that stage again, or use another one.") from error
 
 
 def _resolved(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 
 from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_mse
-from nnunet_diffext.networks.pgrd import READOUTS, SAMPLERS, PGRDNet, PGRDOutput, Sampling
+from nnunet_diffext.networks.pgrd import PGRDNet, PGRDOutput
+from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
 from nnunet_diffext.settings import MethodSettings, SettingsError, setting
-from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer, build_prior
+from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer
+from nnunet_diffext.trainers.priors import build_prior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ class PGRDSettings(MethodSettings):
         if self.kind == "eps" and self.zero_terminal_snr:
             raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
         if self.readout == "heads" and self.levels == 0:
-            raise SettingsError("readout 'heads' needs levels >= 1; use token 'simplex' (as noDDS does) or 'softmaxOut'.")
+            raise SettingsError("readout 'heads' needs levels >= 1; use the token 'simplex' or 'softmaxOut'.")
         if self.steps > self.timesteps:
             raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
 
@@ -149,6 +151,7 @@ class PGRDTrainer(GuidedTrainer):
             context_width=s.context_width,
             step_width=s.step_width,
             levels=s.levels,
+            tau=s.tau,
             kind=s.kind,
             schedule=s.schedule,
             timesteps=s.timesteps,
@@ -173,15 +176,23 @@ class PGRDTrainer(GuidedTrainer):
         s = self.settings
         clean, valid = self.label_space.encode(batch["target"])
         prior = self.training_prior(batch)
-        out: PGRDOutput = self.network(batch["data"], clean=clean, prior=prior)
+        out: PGRDOutput = self.network(batch["data"], clean=clean, valid=valid, prior=prior)
         losses = {"velocity": masked_mse(out.prediction, out.target, valid)}
         if out.heads:
             until = s.dds_until * self.module.schedule.timesteps
-            losses["dds"] = deep_diffusion_supervision(
-                [h / s.tau for h in out.heads], clean, valid * (out.t <= until).view(-1, *(1,) * (clean.ndim - 1)),
-                regions=self.label_space.regions,
-            )  # fmt: skip
+            supervised = valid & (out.t <= until).view(-1, *(1,) * (clean.ndim - 1))
+            regions = self.label_space.regions
+            losses["dds"] = deep_diffusion_supervision(out.heads, clean, supervised, regions=regions)
         return losses
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, on one-step predictions: drawing samples would take longer than the training."""
+        sampling = self.module.sampling
+        self.module.sampling = replace(sampling, samples=1, steps=1)
+        try:
+            return super().validation_step(batch)
+        finally:
+            self.module.sampling = sampling
 
     # ------------------------------------------------------------------ optimisation
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:

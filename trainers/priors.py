@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -13,10 +14,10 @@ from torch.nn.functional import max_pool2d, max_pool3d
 
 from nnunet_diffext.data.corruption import corrupt, matching_strength
 from nnunet_diffext.data.splits import Split
-from nnunet_diffext.diffusion.residual import prior_residual_scale
 from nnunet_diffext.networks.pgrd import PGRDNet
+from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers import TRAINERS, find_trainer
-from nnunet_diffext.variants import split_name
+from nnunet_diffext.variants import UnknownTokenError, split_name
 
 BAND = 3
 """Voxels around the foreground in which a prior's errors are measured."""
@@ -34,21 +35,46 @@ def build_prior(
     Raises:
         ValueError: no such trainer.
     """
-    if split_name(trainer_name, TRAINERS) is not None:
-        trainer = find_trainer(trainer_name)
-    else:
-        trainer = recursive_find_trainer_class_by_name(trainer_name)
-    if trainer is None:
-        raise ValueError(
-            f"The prior was trained by {trainer_name}, which nnU-Net cannot find. Install the package it belongs to, "
-            "or add its folder to nnUNet_extTrainer."
-        )
-    build = trainer.build_network_architecture
+    build = _trainer_class(trainer_name).build_network_architecture
     if "plans_manager" in inspect.signature(build).parameters:
         return build(plans_manager, configuration_manager, input_channels, output_channels, False)
     c = configuration_manager  # trainers written for nnU-Net before 2.7
     arguments = (c.network_arch_class_name, c.network_arch_init_kwargs, c.network_arch_init_kwargs_req_import)
     return build(*arguments, input_channels, output_channels, False)
+
+
+def _trainer_class(name: str) -> type:
+    if split_name(name, TRAINERS) is not None:
+        try:
+            return find_trainer(name)
+        except UnknownTokenError:
+            pass  # nnU-Net has variants of its own, such as nnUNetTrainer_noDummy2DDA
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The prior was trained by {name}, which nnU-Net cannot find. Install the package it belongs to, or add "
+            "its folder to nnUNet_extTrainer."
+        ) from error
+
+
+def load_prior(network: nn.Module, stage: Stage) -> None:
+    """Give a prior network the weights of a finished training.
+
+    Raises:
+        StageError: they belong to another network.
+    """
+    here, there = ({k: tuple(v.shape) for k, v in w.items()} for w in (network.state_dict(), stage.weights))
+    different = [k for k in here | there if here.get(k) != there.get(k)]
+    if different:
+        key = different[0]
+        raise StageError(
+            f"The weights of {stage.folder}, fold {stage.fold}, do not fit the network that {stage.trainer_name} "
+            f"builds from these plans: {len(different)} parameters differ, the first is {key} "
+            f"({there.get(key, 'missing')} in the file, {here.get(key, 'missing')} here). Train the prior with the "
+            "plans of this training."
+        )
+    network.load_state_dict(stage.weights)
 
 
 def out_of_fold(train: Sequence[str], splits: Mapping[int, Split]) -> dict[str, int]:
@@ -89,22 +115,36 @@ class PriorBank:
         self.networks, self.fold_of = dict(networks or {}), dict(fold_of or {})
 
     @torch.no_grad()
-    def logits(self, image: Tensor, keys: Sequence[str] = ()) -> Tensor:
-        """Logits ``(B, K, *)`` of the prior that speaks for each case of the batch, float32."""
-        if self.kind != "oof" or not keys:
+    def logits(self, image: Tensor, keys: Sequence[str]) -> Tensor:
+        """Logits ``(B, K, *)`` of the prior that speaks for each of the training cases ``keys``, float32."""
+        if self.kind != "oof":
             return self.network.prior(image).float()
         rows = [self.networks[self.fold_of[key]](image[i : i + 1]) for i, key in enumerate(keys)]
         return torch.cat(rows).float()
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, keys: Sequence[str] = ()) -> Tensor | None:
-        """pi ``(B, K, *)`` for a training batch; ``None`` where the network's own will do."""
-        if self.network.prior is None or self.kind == "insample":
+    def __call__(self, image: Tensor, keys: Sequence[str]) -> Tensor | None:
+        """pi ``(B, K, *)`` for a batch of the training cases ``keys``; ``None`` where the network's own will do."""
+        if self.kind == "insample":
             return None
         logits = self.logits(image, keys)
         if self.kind == "corrupted":
             logits = corrupt(logits, self.strength)
         return self.network.as_prior(logits)
+
+
+class PriorError(NamedTuple):
+    """How wrong a prior is; NaN where nothing was annotated.
+
+    Attributes:
+        band: mean ``|y - pi|`` around the foreground.
+        kappa: root mean square of ``y - pi`` there.
+        everywhere: the same over all annotated voxels.
+    """
+
+    band: float
+    kappa: float
+    everywhere: float
 
 
 class ErrorSample:
@@ -118,26 +158,27 @@ class ErrorSample:
         """One batch; ``clean`` ``(B, K, *)``, ``valid`` ``(B, 1, *)``."""
         self.batches.append((logits.cpu(), clean.cpu(), valid.cpu()))
 
-    def residuals(self, strength: float = 0.0) -> tuple[float, float, float]:
-        """Mean ``|y - pi|`` and kappa in the band around the foreground, and the RMS of ``y - pi`` everywhere."""
-        absolute, scale, everywhere = [], [], []
-        state = torch.get_rng_state()
-        torch.manual_seed(0)  # the same displacement at every strength
+    @torch.no_grad()
+    def error(self, strength: float = 0.0) -> PriorError:
+        """Error of the logits after a corruption, the same one at every call but for its strength."""
+        generator = torch.Generator().manual_seed(0)
+        absolute = squared = voxels = squared_everywhere = voxels_everywhere = 0.0
         for logits, clean, valid in self.batches:
-            residual = clean - self.network.as_prior(corrupt(logits, strength))
+            residual = clean - self.network.as_prior(corrupt(logits, strength, generator))
             band = around_foreground(clean, self.network.label_space.regions) * valid
-            everywhere.append(prior_residual_scale(residual, valid.float()))
-            if band.any():
-                absolute.append((residual.abs() * band).sum() / (band.sum() * residual.shape[1]))
-                scale.append(prior_residual_scale(residual, band))
-        torch.set_rng_state(state)
-        if not absolute:
-            return float("nan"), float("nan"), float("nan")
-        return tuple(float(torch.stack(v).nanmean()) for v in (absolute, scale, everywhere))
+            absolute += float((residual.abs() * band).sum())
+            squared += float((residual.square() * band).sum())
+            squared_everywhere += float((residual.square() * valid).sum())
+            voxels += float(band.sum()) * residual.shape[1]
+            voxels_everywhere += float(valid.sum()) * residual.shape[1]
+        if not voxels:
+            return PriorError(math.nan, math.nan, math.nan)
+        everywhere = math.sqrt(squared_everywhere / voxels_everywhere)
+        return PriorError(absolute / voxels, math.sqrt(squared / voxels), everywhere)
 
     def strength_for(self, wanted: float) -> float:
         """Corruption strength at which the mean ``|y - pi|`` is ``wanted``."""
-        return matching_strength(lambda strength: self.residuals(strength)[0], wanted)
+        return matching_strength(lambda strength: self.error(strength).band, wanted)
 
 
 def around_foreground(clean: Tensor, regions: bool) -> Tensor:

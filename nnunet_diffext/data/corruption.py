@@ -20,17 +20,22 @@ SMOOTHNESS = 8
 """Voxels per node of the random fields."""
 
 
-def smooth_noise(like: Tensor, channels: int) -> Tensor:
+def smooth_noise(like: Tensor, channels: int, generator: torch.Generator | None = None) -> Tensor:
     """Random fields ``(B, channels, *)`` of about unit variance, smooth over :data:`SMOOTHNESS` voxels."""
     size = like.shape[2:]
-    coarse = torch.randn(len(like), channels, *(max(2, round(s / SMOOTHNESS) + 1) for s in size), device=like.device)
+    nodes = (len(like), channels, *(max(2, round(s / SMOOTHNESS) + 1) for s in size))
+    coarse = torch.randn(nodes, generator=generator, device=like.device)
     mode = "trilinear" if len(size) == 3 else "bilinear"
     # linear interpolation halves the variance between nodes, per axis by a third on average
     return interpolate(coarse, size=size, mode=mode, align_corners=True) * 1.5 ** (len(size) / 2)
 
 
-def corrupt(logits: Tensor, strength: float) -> Tensor:
-    """Displaced and offset logits ``(B, K, *)``, float32; strength 0 returns them as they are."""
+def corrupt(logits: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """Displaced and offset logits ``(B, K, *)``, float32; strength 0 returns them as they are.
+
+    Args:
+        generator: of the random fields, on the device of the logits; ``None``: the global one.
+    """
     logits = logits.float()
     if strength <= 0:
         return logits
@@ -38,12 +43,12 @@ def corrupt(logits: Tensor, strength: float) -> Tensor:
     dim = len(size)
     identity = torch.eye(dim, dim + 1, device=logits.device).expand(len(logits), dim, dim + 1)
     grid = affine_grid(identity, list(logits.shape), align_corners=True)
-    shift = smooth_noise(logits, dim).movedim(1, -1)
+    shift = smooth_noise(logits, dim, generator).movedim(1, -1)
     # grid_sample counts axes from the last, from -1 to 1 over the image
     scale = torch.tensor([2 / max(1, s - 1) for s in reversed(size)], device=logits.device)
     grid = grid + strength * DISPLACEMENT * shift * scale
     moved = grid_sample(logits, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return moved + strength * OFFSET * smooth_noise(logits, logits.shape[1])
+    return moved + strength * OFFSET * smooth_noise(logits, logits.shape[1], generator)
 
 
 def matching_strength(error: Callable[[float], float], wanted: float, *, iterations: int = 8) -> float:

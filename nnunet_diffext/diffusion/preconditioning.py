@@ -3,9 +3,11 @@
 With x_t = alpha x_0 + sigma eps, alpha^2 + sigma^2 = 1 and Var x_0 = s^2, the best linear prediction of the target from
 x_t is ``skip x_t``; what is left has variance ``out^2``. A network F on ``into x_t`` has a unit-variance target in
 
-    prediction = skip x_t + out F(into x_t)
+    prediction = skip x_t + out F(into x_t) + mean m
 
-Sparse residuals have s << 1: without the skip, F would mostly have to copy its noise.
+Sparse residuals have s << 1: without the skip, F would mostly have to copy its noise. m is an estimate of x_0 that does
+not know x_t; it enters as ``sigma^2 m`` in x_0, that is in full at t = T and not at all at t = 0. With one F (but for
+its sign) and one m, the three kinds predict the same x_0.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Preconditioner(NamedTuple):
     into: Tensor
     skip: Tensor
     out: Tensor
+    mean: Tensor
 
 
 def precondition(
@@ -43,9 +46,9 @@ def precondition(
         variance = (alpha * spread).square() + sigma.square()
         into = variance.rsqrt()
         if kind == "v":
-            return Preconditioner(into, alpha * sigma * (1 - spread**2) / variance, spread * into)
+            return Preconditioner(into, alpha * sigma * (1 - spread**2) / variance, spread * into, -sigma)
         if kind == "x0":
-            return Preconditioner(into, alpha * spread**2 / variance, spread * sigma * into)
+            return Preconditioner(into, alpha * spread**2 / variance, spread * sigma * into, sigma.square())
         if kind == "eps":
-            return Preconditioner(into, sigma / variance, spread * alpha * into)
+            return Preconditioner(into, sigma / variance, spread * alpha * into, -alpha * sigma)
         raise ValueError(f"unknown prediction kind {kind!r}; choose one of x0, v, eps")

@@ -17,6 +17,7 @@ curiosities: none of them samples from the distribution that the network was tra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,11 +70,12 @@ def literal_sampler(
     reading: str,
     kind: PredictionKind = "v",
     generator: torch.Generator | None = None,
+    mirror_axes: Sequence[int] = (),
 ) -> Tensor:
     """PGRD's eq. 5 taken at its word, in centred variables; biased, for comparison only.
 
     Args:
-        model, x_T, steps, kind, generator: as in :func:`~nnunet_diffext.diffusion.samplers.ddim`.
+        model, x_T, steps, kind, generator, mirror_axes: as in :func:`~nnunet_diffext.diffusion.samplers.ddim`.
         prior: ``pi / kappa``, ``(B, K, *)``: what the missing drift towards the prior amounts to.
         reading: ``"eq5_mean"``: the mean of eq. 5 without noise ("a DDIM-style sampler sets sigma_t = 0");
             ``"eq5_uncentred"``: eq. 5 with its noise; ``"eq5_literal"``: also with the bar that is missing in
@@ -104,7 +106,7 @@ def literal_sampler(
             # s = pi + u: y (pi + x0) + s (pi + x) - pi
             x = y * x0 + step.s * x - (1 - y - step.s) * prior
             if std > 0:
-                x = x + std * gaussian_noise(x.shape, generator=generator, device=x.device)
+                x = x + std * gaussian_noise(x.shape, generator=generator, device=x.device, mirror_axes=mirror_axes)
     raise AssertionError("unreachable: steps >= 1")
 
 
@@ -114,21 +116,10 @@ def literal_eq10_marginal(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     Returns:
         ``(mean, std)``, float32 ``(T,)`` each. ``mean^2 + std^2`` is not 1, so eq. 3 and 4 do not invert.
     """
-    beta = schedule.beta.double().cpu()
-    alpha = 1 - beta
-    variance, values = torch.zeros((), dtype=torch.float64), []
-    for a, b in zip(alpha, beta, strict=True):
-        variance = a * a * variance + b
-        values.append(variance)
-    return alpha.cumprod(0).float(), torch.stack(values).sqrt().float()
-
-
-def prior_residual_scale(residual: Tensor, weight: Tensor) -> Tensor:
-    """kappa: root mean square of ``y - pi`` where ``weight`` is positive; NaN where it is zero everywhere.
-
-    Args:
-        residual: ``(B, K, *)``.
-        weight: ``(B, 1, *)``, non-negative.
-    """
-    weight = weight.expand_as(residual)
-    return ((weight * residual.square()).sum() / weight.sum()).sqrt()
+    mean, variance, means, deviations = 1.0, 0.0, [], []
+    for beta in schedule.beta.tolist():
+        mean *= 1 - beta
+        variance = (1 - beta) ** 2 * variance + beta
+        means.append(mean)
+        deviations.append(math.sqrt(variance))
+    return torch.tensor(means, device="cpu"), torch.tensor(deviations, device="cpu")

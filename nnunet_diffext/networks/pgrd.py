@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
-from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, ddim, ddpm, dpm_solver_pp_2m, seeded_noise, target
+from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, seeded_noise, target
 from nnunet_diffext.diffusion.parameterization import PredictionKind
 from nnunet_diffext.diffusion.preconditioning import precondition
-from nnunet_diffext.diffusion.residual import LITERAL_READINGS, literal_eq10_marginal, literal_sampler
+from nnunet_diffext.diffusion.residual import literal_eq10_marginal
+from nnunet_diffext.diffusion.schedules import autocast_off
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.guided import ContextUNet, StepUNet, SupervisionHeads
-
-SAMPLERS = ("ddim", "ddpm", "dpm++", *LITERAL_READINGS)
-READOUTS = ("heads", "simplex", "softmax")
-PRIOR_FLOOR = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How probabilities are drawn: the mean of ``samples`` runs of ``steps`` denoiser evaluations each."""
-
-    samples: int = 1
-    steps: int = 1
-    sampler: str = "ddim"
-    seed: int = 0
+from nnunet_diffext.networks.sampling import READOUTS, Sampling, draw, project, soften
 
 
 class Context(NamedTuple):
@@ -61,7 +48,7 @@ class PGRDOutput(NamedTuple):
 class PGRDNet(nn.Module):
     """Residual diffusion around a frozen prior (PGRD, section II), in the variables of ``diffusion/residual.py``.
 
-    A prediction is ``skip u_t + out F(u_t, t, context) + c mean(image, prior)``. The last term carries at t = T what the
+    A prediction is ``skip u_t + out F(u_t, t, context) + c m(image, prior)``. The last term carries at t = T what the
     image alone says, so that one step of the light network F suffices for the posterior mean.
 
     Args:
@@ -71,9 +58,10 @@ class PGRDNet(nn.Module):
         label_space: heads K, softmax or regions.
         context_width, step_width: channels relative to the plan.
         levels: supervision heads on so many decoder levels; 0: none.
+        tau: temperature of the heads (eq. 6).
         kind: what the denoiser predicts; ``"v"`` in the paper.
         schedule, timesteps, zero_terminal_snr: see :class:`NoiseSchedule`.
-        readout: how an estimate becomes probabilities: the finest of the ``"heads"``; ``"simplex"``: ``pi + kappa u_0``,
+        readout: how an estimate becomes probabilities: the finest of the ``"heads"``; ``"simplex"``: ``pi + kappa u_0``
             clamped and normalised; ``"softmax"`` of it over ``tau_out`` (section II-E).
         tau_out: see ``readout``.
         hard_prior: the prior's one-hot decision instead of its probabilities.
@@ -96,6 +84,7 @@ class PGRDNet(nn.Module):
         context_width: float = 0.5,
         step_width: float = 0.25,
         levels: int = 3,
+        tau: float = 1.0,
         kind: PredictionKind = "v",
         schedule: str = "cosine",
         timesteps: int = 1000,
@@ -108,10 +97,13 @@ class PGRDNet(nn.Module):
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__()
+        if readout not in READOUTS:
+            raise ValueError(f"unknown readout {readout!r}; choose one of {', '.join(READOUTS)}")
         if readout == "heads" and levels < 1:
             raise ValueError("readout 'heads' needs at least one supervision head; use 'simplex' or 'softmax'.")
         k = label_space.num_heads
-        self.label_space, self.kind, self.readout, self.tau_out = label_space, kind, readout, tau_out
+        self.label_space, self.kind, self.readout = label_space, kind, readout
+        self.tau, self.tau_out = tau, tau_out
         self.hard_prior, self.terminal_share = hard_prior, terminal_share
         self.sampling = sampling or Sampling()
         self.schedule = NoiseSchedule(schedule, timesteps, zero_terminal_snr)
@@ -127,7 +119,8 @@ class PGRDNet(nn.Module):
         self.pool = adaptive_avg_pool3d if architecture.conv_op is nn.Conv3d else adaptive_avg_pool2d
         self.register_buffer("kappa", torch.ones(()))
         self.register_buffer("spread", torch.ones(()))
-        self._cached: tuple[Tensor, int, Context] | None = None
+        self._kept: tuple[Tensor, Tensor, Context] | None = None
+        self.register_load_state_dict_post_hook(forget_context)
 
     # what `nnunet_diffext predict` asks for
     @property
@@ -142,11 +135,12 @@ class PGRDNet(nn.Module):
 
     @property
     def default_sampler(self) -> str:
-        """One of :data:`SAMPLERS`."""
+        """One of :data:`~nnunet_diffext.networks.sampling.SAMPLERS`."""
         return self.sampling.sampler
 
     def train(self, mode: bool = True) -> PGRDNet:
         """The prior stays in eval mode."""
+        self._kept = None  # the weights are about to change, or have changed
         super().train(mode)
         if self.prior is not None:
             self.prior.eval()
@@ -154,20 +148,21 @@ class PGRDNet(nn.Module):
 
     # ------------------------------------------------------------------ training
     def forward(
-        self, image: Tensor, *, clean: Tensor | None = None, prior: Tensor | None = None
+        self, image: Tensor, *, clean: Tensor | None = None, valid: Tensor | None = None, prior: Tensor | None = None
     ) -> Tensor | PGRDOutput:
         """Logits ``(B, K, *patch)`` in eval mode; in training mode what the losses need.
 
         Args:
             image: ``(B, C, *patch)``.
             clean: one-hot masks ``(B, K, *patch)``, needed in training mode.
+            valid: bool ``(B, 1, *patch)``; where it is False nobody knows the label, and the residual is taken as zero.
             prior: probabilities ``(B, K, *patch)`` to train around instead of the own prior's, e.g. out-of-fold ones.
         """
         if not self.training:
             return self.label_space.log_probabilities(self.probabilities(image))
         context = self.context(image, prior)
-        u0 = clean.float() if context.prior is None else clean.float() - context.prior
-        u0 = u0 / self.kappa
+        u0 = (clean.float() if context.prior is None else clean.float() - context.prior) / self.kappa
+        u0 = u0 if valid is None else u0 * valid
         t = self.random_timesteps(len(image), image.device)
         noise = torch.randn_like(u0)
         u_t = self.noised(u0, noise, t)
@@ -200,8 +195,7 @@ class PGRDNet(nn.Module):
         p = self.label_space.probabilities(logits)
         if self.hard_prior:
             p = self.label_space.harden(p)
-        p = p.clamp(PRIOR_FLOOR, 1 - PRIOR_FLOOR)
-        return p if self.label_space.regions else p / p.sum(1, keepdim=True)
+        return project(p, self.label_space.regions)
 
     def context(self, image: Tensor, prior: Tensor | None = None) -> Context:
         """Everything that depends on the image alone."""
@@ -223,20 +217,18 @@ class PGRDNet(nn.Module):
         """Prediction of ``kind`` ``(B, K, *)`` in float32 and the step network's features, finest first."""
         factors = precondition(self.kind, self.schedule, t, self.spread, u_t.ndim)
         out = self.step_net((factors.into * u_t).to(context.guidance[0].dtype), t, context.guidance)
-        with torch.autocast(u_t.device.type, enabled=False):
-            alpha, sigma = self.schedule.marginal(t, u_t.ndim)
-            share = {"v": -sigma, "x0": 1.0, "eps": -alpha}[self.kind]
-            prediction = factors.skip * u_t.float() + factors.out * out.logits.float() + share * context.mean
+        with autocast_off(u_t.device):
+            prediction = factors.skip * u_t.float() + factors.out * out.logits.float() + factors.mean * context.mean
         return prediction, out.features
 
     def head_logits(self, context: Context, features: Sequence[Tensor], levels: int | None = None) -> list[Tensor]:
-        """Logits of the supervision heads, finest first: corrections of the prior's own logits."""
+        """``psi / tau`` of eq. 6, finest first. psi corrects the prior's own logits."""
         if self.heads is None:
             return []
-        corrections = [c.float() for c in self.heads(features, context.features, levels)]
-        if context.prior is None:
-            return corrections
-        return [self.prior_logits(self.pool(context.prior, c.shape[2:])) + c for c in corrections]
+        psi = [c.float() for c in self.heads(features, context.features, levels)]
+        if context.prior is not None:
+            psi = [self.prior_logits(self.pool(context.prior, p.shape[2:])) + p for p in psi]
+        return [p / self.tau for p in psi]
 
     # ------------------------------------------------------------------ prediction
     def probabilities(self, image: Tensor) -> Tensor:
@@ -248,7 +240,7 @@ class PGRDNet(nn.Module):
         for m in range(s.samples):
             noise = seeded_noise((1, *shape[1:]), s.seed + m, device=image.device, mirror_axes=axes).expand(shape)
             mean = mean + self.sample(image, noise, steps=s.steps, sampler=s.sampler, seed=s.seed + m)
-        self._cached = None
+        self._kept = None
         return mean / s.samples
 
     def sample(self, image: Tensor, noise: Tensor, *, steps: int, sampler: str = "ddim", seed: int = 0) -> Tensor:
@@ -257,13 +249,11 @@ class PGRDNet(nn.Module):
         Args:
             image: ``(B, C, *patch)``; what depends on it alone is kept until another tensor comes.
             steps: denoiser evaluations; 1 gives the posterior mean.
-            sampler: one of :data:`SAMPLERS`.
+            sampler: one of :data:`~nnunet_diffext.networks.sampling.SAMPLERS`.
             seed: of the noise that ``"ddpm"`` adds on the way.
         Raises:
             ValueError: unknown sampler, or steps out of range.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
         context = self._context_of(image)
         last: list[Tensor] = []
 
@@ -271,38 +261,29 @@ class PGRDNet(nn.Module):
             prediction, last[:] = self.denoise(context, u_t, t)
             return prediction
 
-        u0 = self._run(model, noise, steps, sampler, seed, context)
+        centre = None if context.prior is None else context.prior / self.kappa
+        u0 = draw(model, noise, self.schedule, steps, sampler, seed, kind=self.kind, centre=centre)
         if self.readout == "heads":
             return self.label_space.probabilities(self.head_logits(context, last, levels=1)[0])
         estimate = self.kappa * u0 if context.prior is None else context.prior + self.kappa * u0
         return self.read_out(estimate)
 
-    def _run(self, model, noise: Tensor, steps: int, sampler: str, seed: int, context: Context) -> Tensor:
-        if sampler == "ddim":
-            return ddim(model, noise, self.schedule, steps, kind=self.kind)
-        if sampler == "dpm++":
-            return dpm_solver_pp_2m(model, noise, self.schedule, steps, kind=self.kind)
-        generator = torch.Generator().manual_seed(seed)
-        if sampler == "ddpm":
-            axes = tuple(range(2, noise.ndim))
-            return ddpm(model, noise, self.schedule, steps, kind=self.kind, generator=generator, mirror_axes=axes)
-        centre = torch.zeros_like(noise) if context.prior is None else context.prior / self.kappa
-        return literal_sampler(
-            model, noise, self.schedule, steps, centre, reading=sampler, kind=self.kind, generator=generator
-        )
-
     def read_out(self, estimate: Tensor) -> Tensor:
         """One-hot-valued estimates ``(B, K, *)`` as probabilities, float32 (``readout``)."""
         if self.readout == "softmax":
-            if self.label_space.regions:
-                return ((2 * estimate - 1) / self.tau_out).sigmoid()
-            return (estimate / self.tau_out).softmax(1)
-        p = estimate.clamp(PRIOR_FLOOR, 1 - PRIOR_FLOOR)
-        return p if self.label_space.regions else p / p.sum(1, keepdim=True)
+            return soften(estimate, self.tau_out, self.label_space.regions)
+        return project(estimate, self.label_space.regions)
 
     def _context_of(self, image: Tensor) -> Context:
-        version = 0 if image.is_inference() else image._version  # changed in place, it is another image
-        cached = self._cached
-        if cached is None or cached[0] is not image or cached[1] != version or torch.is_grad_enabled():
-            self._cached = cached = (image, version, self.context(image))
-        return cached[2]
+        if torch.is_grad_enabled():
+            return self.context(image)  # its graph belongs to one backward pass
+        kept = self._kept
+        # the content as well: a tensor made in inference mode does not count its changes
+        if kept is None or kept[0] is not image or not torch.equal(kept[1], image):
+            self._kept = kept = (image, image.clone(), self.context(image))
+        return kept[2]
+
+
+def forget_context(network: PGRDNet, _: Any) -> None:
+    """After other weights were loaded."""
+    network._kept = None
