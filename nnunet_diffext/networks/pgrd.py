@@ -115,7 +115,8 @@ class PGRDNet(nn.Module):
         self.context_net = ContextUNet(context_plan, known, k)
         self.step_net = StepUNet(step_plan, k, context_plan.features)
         levels = min(levels, len(step_plan.features))
-        self.heads = SupervisionHeads(step_plan, context_plan.features, k, levels) if levels else None
+        around = prior is not None
+        self.heads = SupervisionHeads(step_plan, context_plan.features, k, levels, around) if levels else None
         self.pool = adaptive_avg_pool3d if architecture.conv_op is nn.Conv3d else adaptive_avg_pool2d
         self.register_buffer("kappa", torch.ones(()))
         self.register_buffer("spread", torch.ones(()))
@@ -225,10 +226,11 @@ class PGRDNet(nn.Module):
         """``psi / tau`` of eq. 6, finest first. psi corrects the prior's own logits."""
         if self.heads is None:
             return []
-        psi = [c.float() for c in self.heads(features, context.features, levels)]
+        prior = None
         if context.prior is not None:
-            psi = [self.prior_logits(self.pool(context.prior, p.shape[2:])) + p for p in psi]
-        return [p / self.tau for p in psi]
+            sizes = [f.shape[2:] for f in features[: levels or len(self.heads.seg_layers)]]
+            prior = [self.prior_logits(self.pool(context.prior, size)) for size in sizes]
+        return [p / self.tau for p in self.heads(features, context.features, prior)]
 
     # ------------------------------------------------------------------ prediction
     def probabilities(self, image: Tensor) -> Tensor:

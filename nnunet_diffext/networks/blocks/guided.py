@@ -59,30 +59,50 @@ class StepUNet(UNetBackbone):
 
 
 class SupervisionHeads(nn.Module):
-    """Deep diffusion supervision (PGRD, eq. 6): logits at several levels, as corrections of the prior's.
+    """Deep diffusion supervision (PGRD, eq. 6): logits at several levels.
 
-    They start at zero, hence at the prior itself. Time enters through the step network's modulated features.
+    Around a prior, ``logits = exp(s) * prior's logits + correction``: a temperature for every voxel (Ding et al., ICCV
+    2021) and a correction. Both start at zero, hence at the prior itself. Features behind instance norms could hardly
+    express a factor on the prior's logits. Time enters through the step network's modulated features.
 
     Args:
         architecture: of the step network.
         context_channels: see :class:`StepUNet`.
         num_classes: K.
         levels: how many, from the finest on.
+        around_prior: with the temperature.
     """
 
     def __init__(
-        self, architecture: Architecture, context_channels: Sequence[int], num_classes: int, levels: int
+        self,
+        architecture: Architecture,
+        context_channels: Sequence[int],
+        num_classes: int,
+        levels: int,
+        around_prior: bool,
     ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.seg_layers = nn.ModuleList(
-            architecture.conv_op(f + c, num_classes, 1)
+            architecture.conv_op(f + c, num_classes + around_prior, 1)
             for f, c in list(zip(architecture.features, context_channels, strict=True))[:levels]
         )
         for layer in self.seg_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, step: Sequence[Tensor], context: Sequence[Tensor], levels: int | None = None) -> list[Tensor]:
-        """Feature lists, finest first -> ``(B, K, *level)`` for the first ``levels`` levels (default: all)."""
-        layers = list(self.seg_layers)[:levels]
-        return [layer(torch.cat([s, c], dim=1)) for layer, s, c in zip(layers, step, context, strict=False)]
+    def forward(
+        self, step: Sequence[Tensor], context: Sequence[Tensor], prior: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Logits ``(B, K, *level)`` in float32, finest first, for as many levels as ``prior`` has (default: all).
+
+        Args:
+            step, context: features of every level, finest first.
+            prior: the prior's logits ``(B, K, *level)``; ``None`` without one.
+        """
+        count = len(self.seg_layers) if prior is None else len(prior)
+        out = [self.seg_layers[i](torch.cat([step[i], context[i]], dim=1)).float() for i in range(count)]
+        if prior is None:
+            return out
+        k = self.num_classes
+        return [p * o[:, k:].clamp(-3, 3).exp() + o[:, :k] for p, o in zip(prior, out, strict=True)]

@@ -1,0 +1,79 @@
+"""Samplers and read-outs of residual diffusion by name: noise to an estimate, an estimate to probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnunet_diffext.diffusion import NoiseSchedule, ddim, ddpm, dpm_solver_pp_2m
+from nnunet_diffext.diffusion.parameterization import PredictionKind
+from nnunet_diffext.diffusion.residual import LITERAL_READINGS, literal_sampler
+from nnunet_diffext.diffusion.samplers import Model
+
+SAMPLERS = ("ddim", "ddpm", "dpm++", *LITERAL_READINGS)
+READOUTS = ("heads", "simplex", "softmax")
+FLOOR = 1e-4
+"""Of probabilities: a prior of exactly zero could not be corrected, and costs infinitely much where it is wrong."""
+
+_ON_THE_WAY = 0x5DEECE66
+"""Changes a seed: with the same one, the noise of a sampler's first step would be the noise it started from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How probabilities are drawn: the mean of ``samples`` runs of ``steps`` denoiser evaluations each."""
+
+    samples: int = 1
+    steps: int = 1
+    sampler: str = "ddim"
+    seed: int = 0
+
+
+def draw(
+    model: Model,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    sampler: str,
+    seed: int,
+    *,
+    kind: PredictionKind,
+    centre: Tensor | None = None,
+) -> Tensor:
+    """Estimate of ``u_0`` ``(B, K, *)``, float32. Noise that is added on the way is the same in every mirror pass.
+
+    Args:
+        model, noise, steps, kind: see :mod:`nnunet_diffext.diffusion.samplers`.
+        sampler: one of :data:`SAMPLERS`.
+        seed: of the noise on the way.
+        centre: ``pi / kappa``, which the literal readings of eq. 5 drift away from; ``None``: zero.
+    Raises:
+        ValueError: unknown sampler, or steps out of range.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if sampler == "ddim":
+        return ddim(model, noise, schedule, steps, kind=kind)
+    if sampler == "dpm++":
+        return dpm_solver_pp_2m(model, noise, schedule, steps, kind=kind)
+    generator = torch.Generator().manual_seed(seed ^ _ON_THE_WAY)
+    axes = tuple(range(2, noise.ndim))
+    if sampler == "ddpm":
+        return ddpm(model, noise, schedule, steps, kind=kind, generator=generator, mirror_axes=axes)
+    centre = torch.zeros_like(noise) if centre is None else centre
+    return literal_sampler(
+        model, noise, schedule, steps, centre, reading=sampler, kind=kind, generator=generator, mirror_axes=axes
+    )
+
+
+def project(estimate: Tensor, regions: bool) -> Tensor:
+    """Clamped to ``[FLOOR, 1 - FLOOR]``; softmax heads are normalised. ``(B, K, *)``."""
+    p = estimate.clamp(FLOOR, 1 - FLOOR)
+    return p if regions else p / p.sum(1, keepdim=True)
+
+
+def soften(estimate: Tensor, tau: float, regions: bool) -> Tensor:
+    """Softmax of one-hot-valued estimates over tau (PGRD, II-E); regions: of each against its complement."""
+    return ((2 * estimate - 1) / tau).sigmoid() if regions else (estimate / tau).softmax(1)
