@@ -125,7 +125,7 @@ def test_confidence_is_one_minus_the_normalised_entropy_of_the_fused_prediction(
 
 def test_no_gradient_through_confidence_and_pseudo_labels() -> None:
     """The gradient equals that of the same loss, written out with confidence and labels as literal numbers."""
-    trainer = ready_trainer("noEMA_noCopyPaste_noStrong_noIEFA_TOnly", labels=IGNORE)
+    trainer = ready_trainer("noEMA_noCopyPaste_noStrong_noIEFA_TOnly_coupled", labels=IGNORE)
     batch = unlabelled_alone(trainer)
     loss = losses_of(trainer, batch)["cac"]
     loss.backward()
