@@ -82,6 +82,32 @@ def test_bernoulli_table(name: str, steps: int) -> None:
             assert fraction == pytest.approx(truth, abs=3 * math.sqrt(truth * (1 - truth) / SAMPLES) + 0.002)
 
 
+def marked_together(voxels: int, kappa: float, steps: int) -> float:
+    """Mean of samples of an object that is marked as a whole with P = 0.3, by its exact denoiser; the prior is 0.02."""
+    schedule, low = NoiseSchedule("cosine", 1000, zero_terminal_snr=True), -0.02 / kappa
+
+    def model(u: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.alpha_sigma(int(t[0]))
+        evidence = (u - alpha * (low + 0.5 / kappa)).sum(1, keepdim=True) * alpha / kappa / sigma**2
+        return (low + (evidence + math.log(0.3 / 0.7)).sigmoid() / kappa).expand_as(u)
+
+    noise = torch.randn(4000, voxels, generator=torch.Generator().manual_seed(0))
+    return float((0.02 + kappa * ddim(model, noise, schedule, steps)).mean())
+
+
+def test_few_steps_miss_what_is_decided_near_the_last_t() -> None:
+    """The larger an object and the smaller kappa, the closer to T it is settled whether it is there.
+
+    Ten evenly spaced steps then fall to the mode, even with the exact denoiser; many, or a larger kappa, do not.
+    """
+    error = 3 * math.sqrt(0.3 * 0.7 / 4000)
+    assert marked_together(58, 2.0, 100) == pytest.approx(0.3, abs=error)
+    assert marked_together(58, 1.0, 100) == pytest.approx(0.3, abs=error)
+    assert marked_together(58, 0.2, 10) < 0.15
+    assert marked_together(58, 0.2, 10) < marked_together(58, 0.2, 30) < marked_together(58, 0.2, 100)
+    assert marked_together(58, 0.2, 10) < marked_together(58, 0.4, 10) < marked_together(58, 2.0, 10)
+
+
 # ------------------------------------------------------------------ coefficients
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("name", ["cosine", "linear"])

@@ -197,7 +197,7 @@ def test_regions_with_ignore_label(workspace: Workspace, tmp_path: Path, monkeyp
     model = workspace.model(dataset, PGRD)
     check_training(model)
     assert same(prior_in(model), weights(workspace.model(dataset, PRIOR)))
-    assert weights(model)["heads.seg_layers.0.weight"].shape[0] == 2
+    assert weights(model)["heads.seg_layers.0.weight"].shape[0] == 2 + 1, "a correction per region, a temperature"
     out = segmentations(predict(model, raw / "imagesTr", tmp_path / "out"))
     assert len(out) == 5 and {int(v) for s in out.values() for v in np.unique(s)} <= {0, 1, 2}
 
