@@ -3,13 +3,14 @@
     python benchmarks/raters.py --work DIR                # makes the data, trains and predicts everything
     python benchmarks/raters.py --table
 
-Every volume holds a ball whose core every rater marks, a shell that a rater marks as a whole or not at all, and a blob of
-which the same is true. How often they are marked follows from their brightness, so P(y | x) is known in every voxel and is
-not a matter of taste; a training case shows one rater's answer. Scores are those of the predicted probabilities against P on
-unseen volumes: the cross-entropy -E_P log q, what it exceeds the entropy of P by (the KL divergence), and the calibration error.
+Every volume holds a ball whose core every rater marks, a shell that a rater marks as a whole or not at all, and a blob
+of which the same is true. How often they are marked follows from their brightness, so P(y | x) is known in every voxel;
+a training case shows one rater's answer. Scores are those of the predicted probabilities against P on unseen volumes:
+the cross-entropy -E_P log q, what it exceeds the entropy of P by (the KL divergence), and the calibration error.
 
-Methods: the nnU-Net prior of one fold, with a temperature fitted on the fold's validation cases, Monte-Carlo dropout, an
-ensemble of three seeds, and PGRDTrainer with and without its parts. All see the same 48 training volumes of fold 0.
+Methods: the nnU-Net prior of one fold, with a temperature fitted on the fold's validation cases, Monte-Carlo dropout,
+an ensemble of three seeds, and PGRDTrainer with and without its parts. All see the 48 training volumes of fold 0; the
+out-of-fold priors of PGRD have also seen its 12 validation volumes, as the fitted temperature has.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import SimpleITK as sitk
 from common import load_json, save_json
 from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.special import entr
 
 from nnunet_diffext.demo.commands import nnunet_environment, run_command
 from nnunet_diffext.evaluation.provenance import provenance
@@ -128,7 +130,7 @@ def score(q: np.ndarray, truth: np.ndarray, bins: int = 15) -> dict[str, float]:
     """Predicted probabilities of the foreground against the true ones, in the band; float64."""
     q, p = q.astype(float), truth.astype(float)
     log_q, log_not_q = np.log(np.clip(q, FLOOR, 1)), np.log(np.clip(1 - q, FLOOR, 1))
-    entropy = -(np.where(p > 0, p * np.log(np.clip(p, FLOOR, 1)), 0) + np.where(p < 1, (1 - p) * np.log(np.clip(1 - p, FLOOR, 1)), 0))
+    entropy = entr(p) + entr(1 - p)
     cross = -(p * log_q + (1 - p) * log_not_q)
     confidence, right = np.maximum(q, 1 - q), np.where(q >= 0.5, p, 1 - p)
     index = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -194,8 +196,9 @@ class Benchmark:
     def predict(self, name: str, model: Path, *flags: str, images: str = "imagesTs") -> dict[str, np.ndarray]:
         """Foreground probabilities of the test cases, through ``nnunet_diffext predict`` without mirroring."""
         out = self.work / "predictions" / name.replace(" ", "_")
-        command = ["nnunet_diffext", "predict", "-i", str(self.raw / images), "-o", str(out), "-m", str(model), "-f", "0"]
-        command += ["--save_probabilities", "--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
+        command = ["nnunet_diffext", "predict", "-i", str(self.raw / images), "-o", str(out), "-m", str(model)]
+        command += ["-f", "0", "--save_probabilities", "--disable_tta", "-device", "cpu"]
+        command += ["-npp", "1", "-nps", "1", *flags]
         shutil.rmtree(out, ignore_errors=True)
         run_command(command, self.env, self.work / "logs" / f"predict_{out.name}.log")
         return read_probabilities(out)
@@ -245,8 +248,8 @@ class Benchmark:
 def mc_dropout(model: Path, raw: Path, env: dict[str, str], passes: int) -> dict[str, np.ndarray]:
     """Mean probability over stochastic passes. The volume is one tile, its preprocessing one normalisation."""
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     os.environ.update(env)
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)

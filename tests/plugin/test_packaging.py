@@ -59,7 +59,7 @@ def test_metadata(archive: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     core = {r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert core == {"torch", "nnunetv2<2.9,>=2.8.0", "monai<1.8,>=1.6"}
+    assert core == {"torch", "nnunetv2<2.9,>=2.8.0", "monai<1.8,>=1.6", "scipy>=1.15", "filelock"}
     assert metadata_file(archive, "entry_points.txt").split("\n")[1] == "nnunet_diffext = nnunet_diffext.cli.main:main"
     assert "Apache License" in metadata_file(archive, "licenses/LICENSE")
 

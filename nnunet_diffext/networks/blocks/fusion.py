@@ -40,8 +40,8 @@ class ExpertAttention(nn.Module):
         """``(M, 2, d)`` -> ``(M, 2, d)``."""
         m, n, d = tokens.shape
         q, k, v = self.qkv(self.norm_attention(tokens)).view(m, n, 3, self.heads, d // self.heads).unbind(2)
-        # For two tokens, softmax(q k_0, q k_1) = (1 - a, a) with a = sigmoid(q (k_1 - k_0)): no 2 x 2 maps, which would be
-        # the largest tensors of the module. Fused attention kernels refuse 10^5 (batch x head) blocks.
+        # For two tokens, softmax(q k_0, q k_1) = (1 - a, a) with a = sigmoid(q (k_1 - k_0)): no 2 x 2 maps, which would
+        # be the largest tensors of the module. Fused attention kernels refuse 10^5 (batch x head) blocks.
         a = (q * (k[:, 1:] - k[:, :1])).sum(-1, keepdim=True).mul((d // self.heads) ** -0.5).sigmoid()
         mixed = v[:, :1] + a * (v[:, 1:] - v[:, :1])  # (M, 2, heads, d / heads)
         tokens = tokens + self.project(mixed.reshape(m, n, d))
