@@ -68,8 +68,11 @@ class TrainingSettings:
     momentum: float = setting(0.99, "Nesterov momentum of SGD", number="momentum#", minimum=0, maximum=1)
     save_every: int = setting(50, "epochs between two writes of checkpoint_latest.pth", number="save#", minimum=1)
     seed: int | None = setting(
-        None, "seed of initialisation and noise; data order still depends on the workers",
-        number="seed#", minimum=0, maximum=2**63 - 1,
+        None,
+        "seed of initialisation and noise; data order still depends on the workers",
+        number="seed#",
+        minimum=0,
+        maximum=2**63 - 1,
     )
 
     def __post_init__(self) -> None:

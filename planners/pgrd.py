@@ -41,9 +41,7 @@ class PGRDPlanner(DiffextPlanner):
         voxels = prod(base["patch_size"])
         batches = range(max(MIN_BATCH, self.max_batch(name, voxels)), MIN_BATCH, -1)
         sizes = [b * voxels for b in batches]
-        more = first_that_fits(
-            sizes, lambda i: with_batch(batches[i]), self.target, Known(memory, MIN_BATCH * voxels)
-        )
+        more = first_that_fits(sizes, lambda i: with_batch(batches[i]), self.target, Known(memory, MIN_BATCH * voxels))
         own["batch_size"], memory = (batches[more[0]], more[1]) if more is not None else (MIN_BATCH, memory)
         patch = tuple(base["patch_size"])
         return Planned(
@@ -57,9 +55,7 @@ class PGRDPlanner(DiffextPlanner):
         Raises:
             ValueError: not even the narrowest fits.
         """
-        settings = self.trainer_class.Settings.resolve(
-            plans[PLANS_KEY].get(self.trainer), self.trainer_class.overrides
-        )
+        settings = self.trainer_class.Settings.resolve(plans[PLANS_KEY].get(self.trainer), self.trainer_class.overrides)
         own = plans[PLANS_KEY].setdefault(self.trainer, {})
         sample = {**base, "batch_size": MIN_BATCH}
         for factor in self.narrower:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnunet_diffext.checkpoints import CheckpointError
+from nnunet_diffext.data.prior_errors import ErrorSample, PriorError
 from nnunet_diffext.data.splits import load_split, number_of_folds
 from nnunet_diffext.settings import LABELS_KEY, PLANNER_KEY, PLANS_KEY
 from nnunet_diffext.stages import FINAL, Stage, StageError, check_fits, find_model_folder, load_stage
@@ -21,9 +22,7 @@ from nnunet_diffext.trainers.base import DiffextTrainer
 from nnunet_diffext.trainers.priors import (
     BLIND_STRENGTH,
     TRUSTED,
-    ErrorSample,
     PriorBank,
-    PriorError,
     build_prior,
     load_prior,
     out_of_fold,
@@ -147,7 +146,7 @@ class GuidedTrainer(DiffextTrainer):
     @torch.no_grad()
     def _measure(self, set_scale: bool) -> None:
         """Strength of the corruption, kappa, and whether the prior errs in training as it does in validation."""
-        train, val = (ErrorSample(self.module) for _ in range(2))
+        train, val = (ErrorSample(self.module.as_prior, self.label_space.regions) for _ in range(2))
         for sample, loader in ((train, self.dataloader_train), (val, self.dataloader_val)):
             for _ in range(MEASURED_BATCHES):
                 batch = self.on_device(next(loader))

@@ -62,9 +62,7 @@ class SemiSupervisedTrainer(DiffextTrainer):
             self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier, self._split, self.fold,
             cascade_folder=self.folder_with_segs_from_previous_stage,
         )  # fmt: skip
-        self.print_to_log_file(
-            f"{len(self._split.train)} labelled and {len(pool.cases)} unlabelled training cases."
-        )
+        self.print_to_log_file(f"{len(self._split.train)} labelled and {len(pool.cases)} unlabelled training cases.")
         if pool.without_previous_stage:
             self.print_to_log_file(
                 f"{len(pool.without_previous_stage)} unlabelled cases are left out: the previous stage has not "

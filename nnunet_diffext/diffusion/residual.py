@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from .noise import gaussian_noise
-from .parameterization import PredictionKind, to_x0
-from .samplers import Model, trailing_timesteps
+from .parameterization import PredictionKind
+from .samplers import Model, ddim_coefficients, denoise, transitions
 from .schedules import NoiseSchedule, autocast_off
 
 LITERAL_READINGS = ("eq5_mean", "eq5_uncentred", "eq5_literal")
@@ -50,14 +50,11 @@ def posterior_step(schedule: NoiseSchedule, t: int, u: int) -> PosteriorStep:
     """
     if not 0 <= u < t:
         raise ValueError(f"a reverse step goes from t to an earlier u >= 0, got t={t}, u={u}")
-    alpha_t, sigma_t = schedule.alpha_sigma(t)
-    alpha_u, sigma_u = schedule.alpha_sigma(u)
+    y, s, std = ddim_coefficients(schedule, t, u, eta=1.0)
+    alpha_t, _ = schedule.alpha_sigma(t)
+    alpha_u, _ = schedule.alpha_sigma(u)
     a = alpha_t / alpha_u
-    one_minus_a2 = 1 - a * a
-    y = alpha_u * one_minus_a2 / sigma_t**2
-    s = a * sigma_u**2 / sigma_t**2
-    gamma = (1 - a) * (1 - alpha_u) / (1 + a * alpha_u)
-    return PosteriorStep(y, s, gamma, math.sqrt(sigma_u**2 * one_minus_a2) / sigma_t)
+    return PosteriorStep(y, s, (1 - a) * (1 - alpha_u) / (1 + a * alpha_u), std)
 
 
 def literal_sampler(
@@ -87,18 +84,17 @@ def literal_sampler(
     """
     if reading not in LITERAL_READINGS:
         raise ValueError(f"unknown reading {reading!r} of eq. 5; choose one of {', '.join(LITERAL_READINGS)}")
-    times = trailing_timesteps(schedule.timesteps, steps)
     x = x_T.float()
-    for index, t in enumerate(times):
-        batch_t = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        x0 = to_x0(model(x, batch_t), x, batch_t, schedule, kind)
-        if index + 1 == len(times):
-            return x0
-        u = times[index + 1]
+    steps_taken = transitions(schedule, steps)
+    for index, (t, u) in enumerate(steps_taken):
+        x0 = denoise(model, x, t, schedule, kind)
+        if u is None:
+            break
         step = posterior_step(schedule, t, u)
         y, std = step.y, step.std
         if reading == "eq5_literal":
-            alpha_before, _ = schedule.alpha_sigma(times[index + 2] if index + 2 < len(times) else None)
+            _, before = steps_taken[index + 1]
+            alpha_before, _ = schedule.alpha_sigma(before)
             y = y / alpha_before  # sqrt(abar_u / abar_before) instead of sqrt(abar_u)
         elif reading == "eq5_mean":
             std = 0.0
@@ -107,7 +103,7 @@ def literal_sampler(
             x = y * x0 + step.s * x - (1 - y - step.s) * prior
             if std > 0:
                 x = x + std * gaussian_noise(x.shape, generator=generator, device=x.device, mirror_axes=mirror_axes)
-    raise AssertionError("unreachable: steps >= 1")
+    return x0
 
 
 def literal_eq10_marginal(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:

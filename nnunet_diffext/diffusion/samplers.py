@@ -43,18 +43,19 @@ def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
     return [(2 * timesteps * k + steps) // (2 * steps) - 1 for k in range(steps, 0, -1)]
 
 
-def _transitions(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int | None]]:
+def transitions(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int | None]]:
     """Pairs (t, u) of the realised list; the last u is None, clean data."""
     times = trailing_timesteps(schedule.timesteps, steps)
     return list(zip(times, [*times[1:], None], strict=True))
 
 
-def _denoise(model: Model, x: Tensor, t: int, schedule: NoiseSchedule, kind: PredictionKind) -> Tensor:
+def denoise(model: Model, x: Tensor, t: int, schedule: NoiseSchedule, kind: PredictionKind) -> Tensor:
+    """The model's estimate of x_0, float32 `(B, K, *)`, from `x` at timestep `t`; arguments as in `ddim`."""
     batch_t = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
     return to_x0(model(x, batch_t), x, batch_t, schedule, kind)
 
 
-def _ddim_coefficients(schedule: NoiseSchedule, t: int, u: int, eta: float) -> tuple[float, float, float]:
+def ddim_coefficients(schedule: NoiseSchedule, t: int, u: int, eta: float) -> tuple[float, float, float]:
     """a, b, s of a DDIM step (Song et al. 2021, eq. 12 and 16), eps eliminated by x_t = alpha x0 + sigma eps."""
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     alpha_u, sigma_u = schedule.alpha_sigma(u)
@@ -93,13 +94,13 @@ def ddim(
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in 0 .. 1 (0 deterministic, 1 DDPM), got {eta}")
     x = x_T.float()
-    for step, (t, u) in enumerate(_transitions(schedule, steps)):
-        x0 = _denoise(model, x, t, schedule, kind)
+    for step, (t, u) in enumerate(transitions(schedule, steps)):
+        x0 = denoise(model, x, t, schedule, kind)
         if callback is not None:
             callback(step, t, x, x0)
         if u is None:
             break
-        a, b, s = _ddim_coefficients(schedule, t, u, eta)
+        a, b, s = ddim_coefficients(schedule, t, u, eta)
         with autocast_off(x.device):
             x = a * x0 + b * x
             if s > 0:
@@ -155,8 +156,8 @@ def dpm_solver_pp_2m(
     """
     x = x_T.float()
     previous_x0, previous_h = None, math.inf
-    for step, (t, u) in enumerate(_transitions(schedule, steps)):
-        x0 = _denoise(model, x, t, schedule, kind)
+    for step, (t, u) in enumerate(transitions(schedule, steps)):
+        x0 = denoise(model, x, t, schedule, kind)
         if callback is not None:
             callback(step, t, x, x0)
         if u is None:

@@ -193,9 +193,7 @@ def _export_case(
     return result.quality
 
 
-def _previous_files(
-    model: ModelPlans, folder: str | Path | None, cases: Sequence[Case]
-) -> dict[str, str | None]:
+def _previous_files(model: ModelPlans, folder: str | Path | None, cases: Sequence[Case]) -> dict[str, str | None]:
     if not model.is_cascade:
         return {c.identifier: None for c in cases}
     stage = model.configuration.previous_stage_name

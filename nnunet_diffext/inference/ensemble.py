@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import LabelSpace
-from nnunet_diffext.inference.members import NoiseFields, Sampling, tile_members
+from nnunet_diffext.inference.members import NoiseFields, tile_members
 from nnunet_diffext.inference.sliding import Tile
+from nnunet_diffext.networks.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What DMED-Seg's two experts say, whom the fusion trusts and how sure it is: the maps behind the paper's Table 4.
 
-    maps = expert_maps(model_folder, ["case_0000.nii.gz"], fold=0, device="cuda")
-    maps["weight_de"]   # fusion weight of the diffusion expert, per voxel of the preprocessed image
+maps = expert_maps(model_folder, ["case_0000.nii.gz"], fold=0, device="cuda")
+maps["weight_de"]   # fusion weight of the diffusion expert, per voxel of the preprocessed image
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -23,24 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import seeded_noise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How many samples per pass and how each is drawn. ``samples=0``: the deterministic ``network(image)``.
-
-    Sample ``m`` uses ``seed + m``, for its noise field and inside the sampler.
-    """
-
-    samples: int = 0
-    steps: int = 1
-    sampler: str = "ddim"
-    seed: int = 0
-
-    @property
-    def seeds(self) -> range:
-        """One per sample."""
-        return range(self.seed, self.seed + self.samples)
+from nnunet_diffext.networks.sampling import Sampling
 
 
 def resolve_sampling(
@@ -61,7 +43,7 @@ def resolve_sampling(
                 f"{type(network).__name__} does not sample: it has one deterministic prediction. Leave out -samples, "
                 "-steps and -sampler; mirroring and several folds still give an ensemble."
             )
-        return Sampling(seed=seed)
+        return Sampling(samples=0, seed=seed)
     if samples is None:
         samples = getattr(network, "default_samples", 1)
         if steps is not None or sampler is not None:  # which the deterministic forward would ignore

@@ -1,8 +1,8 @@
 """Predictions with uncertainty, for any model folder of nnU-Net or of this package.
 
-    predictor = Predictor("<nnUNet_results>/DATASET/TRAINER__PLANS__CONFIGURATION", folds=(0,), device="cuda")
-    result = predictor.predict_case(["case_0000.nii.gz"], variance=True)
-    result["segmentation"], result["probabilities"], result["entropy"], result["quality"]
+predictor = Predictor("<nnUNet_results>/DATASET/TRAINER__PLANS__CONFIGURATION", folds=(0,), device="cuda")
+result = predictor.predict_case(["case_0000.nii.gz"], variance=True)
+result["segmentation"], result["probabilities"], result["entropy"], result["quality"]
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from nnunet_diffext.inference.calibration_file import stored_temperature
 from nnunet_diffext.inference.ensemble import Ensemble, TileEnsemble
 from nnunet_diffext.inference.export import to_case_result
 from nnunet_diffext.inference.grid import ModelPlans, preprocess
-from nnunet_diffext.inference.members import NoiseFields, Sampling, mirror_combinations, resolve_sampling
+from nnunet_diffext.inference.members import NoiseFields, mirror_combinations, resolve_sampling
 from nnunet_diffext.inference.model_folder import FINAL, load_predictor
 from nnunet_diffext.inference.sliding import average_over_tiles, padded
+from nnunet_diffext.networks.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

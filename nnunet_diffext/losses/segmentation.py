@@ -69,7 +69,5 @@ def dice_ce_loss(
     with torch.autocast(logits.device.type, enabled=False):
         logits, target, weight = logits.float(), target.float(), weight.float()
         probabilities = torch.sigmoid(logits) if regions else torch.softmax(logits, dim=1)
-        dice = soft_dice_loss(
-            probabilities, target, weight, skip_background=not regions, batch_dice=batch_dice
-        )
+        dice = soft_dice_loss(probabilities, target, weight, skip_background=not regions, batch_dice=batch_dice)
         return dice + cross_entropy(logits, target, weight, regions=regions)

@@ -239,9 +239,9 @@ class PGRDNet(nn.Module):
         shape = (len(image), self.label_space.num_heads, *image.shape[2:])
         axes = tuple(range(2, image.ndim))
         mean = 0.0
-        for m in range(s.samples):
-            noise = seeded_noise((1, *shape[1:]), s.seed + m, device=image.device, mirror_axes=axes).expand(shape)
-            mean = mean + self.sample(image, noise, steps=s.steps, sampler=s.sampler, seed=s.seed + m)
+        for seed in s.seeds:
+            noise = seeded_noise((1, *shape[1:]), seed, device=image.device, mirror_axes=axes).expand(shape)
+            mean = mean + self.sample(image, noise, steps=s.steps, sampler=s.sampler, seed=seed)
         self._kept = None
         return mean / s.samples
 

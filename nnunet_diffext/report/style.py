@@ -95,9 +95,7 @@ footer { padding-bottom: 2.5rem; }
 }
 """
 
-SCRIPT = (
-    'addEventListener("beforeprint",()=>document.querySelectorAll("details").forEach(d=>{d.open=true}));'
-)
+SCRIPT = 'addEventListener("beforeprint",()=>document.querySelectorAll("details").forEach(d=>{d.open=true}));'
 
 COLOURS = ("#0072b2", "#b84a00", "#007a59", "#9c4a7b", "#6b5b00", "#3d5a80", "#8b1e3f", "#4a4a4a")
 """Of models or folds: told apart by colour-blind readers, and dark enough for white letters upon them."""

@@ -54,9 +54,7 @@ def test_lowres_on_all_cases_and_the_cascade_on_top(
     assert len(list((low / "predicted_next_stage" / "3d_cascade_fullres").iterdir())) == 5
     train(main_dataset, TRAINER, "3d_cascade_fullres")
     cascade = workspace.model(MAIN, TRAINER, "3d_cascade_fullres")
-    log = check_model(
-        cascade, test_images, tmp_path / "full", folder_with_segs_from_prev_stage=str(tmp_path / "low")
-    )
+    log = check_model(cascade, test_images, tmp_path / "full", folder_with_segs_from_prev_stage=str(tmp_path / "low"))
     assert "2 labelled and 2 unlabelled training cases" in log
     assert log.count("2 unlabelled cases are left out: the previous stage has not") == 1
 

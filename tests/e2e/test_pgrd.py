@@ -222,9 +222,7 @@ def test_cascade(
 
 
 # ------------------------------------------------------------------ priors of other folds
-def test_out_of_fold_priors_and_pretrained_weights(
-    own_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_fold_priors_and_pretrained_weights(own_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = [
         {"train": ["case_000", "case_001", "case_002"], "val": ["case_003"]},
         {"train": ["case_003", "case_004"], "val": ["case_000", "case_001", "case_002"]},

@@ -141,4 +141,3 @@ def test_pretrained_weights_start_a_training(workspace: Workspace, trained: Path
     heads = {k for k in given if ".seg_layers." in k}
     assert heads and all(torch.equal(loaded[k], given[k]) for k in given.keys() - heads)
     assert not all(torch.equal(loaded[k], given[k]) for k in heads)
-

@@ -10,8 +10,9 @@ import torch
 
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.inference.ensemble import Ensemble, TileEnsemble, mean_pairwise_dice
-from nnunet_diffext.inference.members import NoiseFields, Sampling
+from nnunet_diffext.inference.members import NoiseFields
 from nnunet_diffext.inference.sliding import Tile
+from nnunet_diffext.networks.sampling import Sampling
 
 SHAPE = (5, 6, 4)
 WHERE = (slice(None),) * 4

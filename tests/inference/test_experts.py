@@ -15,9 +15,7 @@ LABELS = {"diffext": {"label_space": {"num_heads": 3, "regions": False, "ignore_
 
 
 def test_the_fused_expert_is_the_prediction(images: Path, tmp_path: Path) -> None:
-    folder = make_model(
-        tmp_path, labels=THREE, trainer="DMEDSegTrainer", mirror=(0, 2), more_plans=LABELS, sharpness=4
-    )
+    folder = make_model(tmp_path, labels=THREE, trainer="DMEDSegTrainer", mirror=(0, 2), more_plans=LABELS, sharpness=4)
     file = str(images / "case_000_0000.nii.gz")
     maps = expert_maps(folder, [file], fold=0)
     shape = maps["image"].shape[1:]

@@ -11,13 +11,13 @@ import torch
 from nnunet_diffext.diffusion import seeded_noise
 from nnunet_diffext.inference.members import (
     NoiseFields,
-    Sampling,
     mirror_combinations,
     resolve_sampling,
     tile_members,
 )
 from nnunet_diffext.inference.predictor import Predictor
 from nnunet_diffext.inference.sliding import tile_positions
+from nnunet_diffext.networks.sampling import Sampling
 
 
 class Recorder(torch.nn.Module):

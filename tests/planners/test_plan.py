@@ -232,9 +232,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, **options: Any)
     return capsys.readouterr().err
 
 
-def test_too_little_memory(
-    planned: Planned, needs: tuple[float, float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_little_memory(planned: Planned, needs: tuple[float, float], capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "-gpu_memory_target", "0.5", "-c", "3d_fullres")
     assert "does not fit into 0.5 GB" in message
     assert "12 x 16 x 16" in message and f"needs {needs[0]:.2f} GB (estimated)" in message
@@ -268,9 +266,7 @@ def test_no_base_plans(planned: Planned, capsys: pytest.CaptureFixture[str]) -> 
         (["-d", "777"], "777"),
     ],
 )
-def test_wrong_calls(
-    planned: Planned, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_wrong_calls(planned: Planned, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     before = contents(planned.folder)
     assert message in refusal(capsys, *arguments)
     assert contents(planned.folder) == before

@@ -13,11 +13,12 @@ from tiny import Kind, make_architecture, make_batch, make_trainer
 from tiny_prior import save_prior
 from torch import Tensor, nn
 
+from nnunet_diffext.data.prior_errors import ErrorSample, around_foreground
 from nnunet_diffext.data.splits import Split
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.networks.pgrd import PGRDNet
 from nnunet_diffext.trainers import guided, priors
-from nnunet_diffext.trainers.priors import ErrorSample, PriorBank, around_foreground, build_prior, out_of_fold
+from nnunet_diffext.trainers.priors import PriorBank, build_prior, out_of_fold
 
 FLAT = Kind((16, 16), ((1, 1), (2, 2)), features=(4, 8))
 
@@ -88,7 +89,7 @@ def test_corrupted_prior() -> None:
 def test_error_and_kappa_by_hand() -> None:
     """Voxels in the band of one foreground voxel, over two batches of different size; ignored voxels do not count."""
     net = net_around(Says(math.log(3)))  # 3 : 1, so residuals are 1/4 or 3/4
-    sample = ErrorSample(net)
+    sample = ErrorSample(net.as_prior, net.label_space.regions)
     signs, clean = torch.ones(3, 1, 16, 16), torch.zeros(3, 2, 16, 16)
     clean[:, 0] = 1
     clean[0, :, 8, 8] = torch.tensor([0.0, 1.0])
@@ -109,7 +110,7 @@ def test_error_and_kappa_by_hand() -> None:
 
 def test_without_foreground_nothing_is_known() -> None:
     net = net_around(Says(2.0))
-    sample = ErrorSample(net)
+    sample = ErrorSample(net.as_prior, net.label_space.regions)
     clean = torch.zeros(1, 2, 16, 16)
     clean[:, 0] = 1
     sample.add(net.prior(images(1)), clean, torch.ones(1, 1, 16, 16, dtype=torch.bool))
@@ -203,7 +204,7 @@ def test_without_validation_cases_a_fixed_strength_is_used() -> None:
 
 def test_kappa_is_measured_around_the_foreground() -> None:
     trainer, said = measured("insample", 0.3, 0.3)
-    sample = ErrorSample(trainer.module)
+    sample = ErrorSample(trainer.module.as_prior, trainer.label_space.regions)
     source = batches(trainer, 0.3, 1)
     for _ in range(guided.MEASURED_BATCHES):
         batch = next(source)
