@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,28 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_diffext.files import replacing
+
 
 class CheckpointError(ValueError):
     """A checkpoint could not be read or written; the message names the file and what to do."""
 
 
-def write_atomically(checkpoint: dict[str, Any], path: str | Path) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write beside ``path``, flush to disk, then rename: a kill at any moment leaves a whole file.
 
     Raises:
         CheckpointError: if the disk is full or the folder not writable; an older file at ``path`` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".incomplete{path.suffix}")  # the next write replaces what a killed run left
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, f".incomplete{path.suffix}") as file:  # the next write replaces what a killed run left
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = "The previous version is still in place." if path.exists() else "No older version exists."
         raise CheckpointError(
             f"Could not write {path}: {error}. Free disk space or check permissions. {kept}"

@@ -43,7 +43,7 @@ class Stage:
 
 def train_command(dataset: str, configuration: str, fold: int | str, trainer: str, plans: str) -> str:
     """The command that makes a stage."""
-    return f"nnUNetv2_train {dataset} {configuration} {fold} -tr {trainer} -p {plans} --npz"
+    return f"nnUNetv2_train {dataset} {configuration} {fold} -tr {trainer} -p {plans}"
 
 
 def results_folder(dataset: str) -> Path:
@@ -121,10 +121,13 @@ def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, datas
     """
     own, theirs = plans["dataset_name"], stage.plans["dataset_name"]
     if own != theirs:
-        raise StageError(f"{stage.folder} was trained on {theirs}, this training is on {own}.")
+        raise StageError(f"{stage.folder} was trained on {theirs}, this training is on {own}. Use a training on {own}.")
     if configuration not in stage.plans["configurations"]:
         known = ", ".join(stage.plans["configurations"])
-        raise StageError(f"{stage.folder} has no configuration {configuration} (it has {known}).")
+        raise StageError(
+            f"{stage.folder} has no configuration {configuration} (it has {known}). "
+            "Train it in this configuration, or use one of its own."
+        )
     here, there = (_resolved(p, configuration) for p in (plans, stage.plans))
     different = [key for key in MUST_AGREE if here.get(key) != there.get(key)]
     different += [key for key in ("transpose_forward",) if plans.get(key) != stage.plans.get(key)]
@@ -139,7 +142,10 @@ def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, datas
         trained = _read_json(file)
         for key in ("labels", "channel_names"):
             if trained.get(key) != dataset_json.get(key):
-                raise StageError(f"{stage.folder} was trained with other {key}: {trained.get(key)}.")
+                raise StageError(
+                    f"{stage.folder} was trained with other {key}: {trained.get(key)}, here {dataset_json.get(key)}. "
+                    "Train it again on the dataset as it is now."
+                )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

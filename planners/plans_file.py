@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffext.data.dataset import dataset_id, load_json
+from nnunet_diffext.files import write_atomically
 
 DATA_KEYS = (
     "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
@@ -77,12 +76,7 @@ def save(plans: dict[str, Any], file: Path, old: Mapping[str, Any]) -> None:
     for configuration in configurations.values():
         _drop_missing_stages(configuration, configurations)
     recursive_fix_for_json_export(plans)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_json(plans, str(temporary), sort_keys=False)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(file, json.dumps(plans, indent=4))
     print(f"Plans were saved to {file}" + (" (older ones of the same name were replaced)." if old else "."))
     if kept:
         print(f"Kept from the older plans: {', '.join(kept)}.")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_atomically
+from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "networks"))
 from tiny import make_batch, ready_trainer  # noqa: E402
@@ -30,7 +30,7 @@ LARGE = {"network_weights": {"w": torch.zeros(1_000_000)}}  # 4 MB
 def file(tmp_path: Path) -> Path:
     """A checkpoint that exists already."""
     path = tmp_path / "checkpoint_latest.pth"
-    write_atomically(OLD, path)
+    write_checkpoint(OLD, path)
     return path
 
 
@@ -42,9 +42,9 @@ def assert_old_one_is_whole_and_alone(path: Path) -> None:
 # ------------------------------------------------------------------ writing
 def test_write_and_read(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_best.pth"
-    write_atomically(OLD, str(path))
+    write_checkpoint(OLD, str(path))
     assert_old_one_is_whole_and_alone(path)
-    write_atomically({"n": 1}, path)
+    write_checkpoint({"n": 1}, path)
     assert read_safely(str(path)) == {"n": 1}
 
 
@@ -54,7 +54,7 @@ def test_it_is_flushed_to_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
     real_fsync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("fsync"), real_fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("replace"), real_replace(a, b)))
-    write_atomically(OLD, tmp_path / "checkpoint_latest.pth")
+    write_checkpoint(OLD, tmp_path / "checkpoint_latest.pth")
     assert steps == ["fsync", "replace"]
 
 
@@ -65,7 +65,7 @@ def test_failure_of_the_last_steps_keeps_the_old_file(file: Path, monkeypatch: p
 
     monkeypatch.setattr(os, name, full)
     with pytest.raises(CheckpointError, match=f"Could not write {file}.*No space left.*previous version is still in"):
-        write_atomically(LARGE, file)
+        write_checkpoint(LARGE, file)
     assert_old_one_is_whole_and_alone(file)
 
 
@@ -77,7 +77,7 @@ def test_file_size_limit_keeps_the_old_file(file: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="Could not write.*Free disk space.*previous version is still in"):
-            write_atomically(LARGE, file)
+            write_checkpoint(LARGE, file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -99,23 +99,23 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_disk_keeps_the_old_file(tiny_disk: Path) -> None:
     path = tiny_disk / "checkpoint_latest.pth"
-    write_atomically(OLD, path)
+    write_checkpoint(OLD, path)
     with pytest.raises(CheckpointError, match="previous version is still in place"):
-        write_atomically(LARGE, path)
+        write_checkpoint(LARGE, path)
     assert_old_one_is_whole_and_alone(path)
-    write_atomically(OLD, path)  # and the space is free again
+    write_checkpoint(OLD, path)  # and the space is free again
 
 
 def test_first_write_that_fails(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No older version exists"):
-        write_atomically(OLD, tmp_path / "no_such_folder" / "checkpoint_latest.pth")
+        write_checkpoint(OLD, tmp_path / "no_such_folder" / "checkpoint_latest.pth")
 
 
 WRITER = """
 import sys, torch
-from nnunet_diffext.checkpoints import write_atomically
+from nnunet_diffext.checkpoints import write_checkpoint
 for i in range(10**9):
-    write_atomically({"n": i, "w": torch.full((4_000_000,), float(i))}, sys.argv[1])
+    write_checkpoint({"n": i, "w": torch.full((4_000_000,), float(i))}, sys.argv[1])
 """
 
 

@@ -13,7 +13,7 @@ import torch
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
 
-from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_atomically
+from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_checkpoint
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.segmentation import dice_ce_loss
 from nnunet_diffext.networks.architecture import Architecture
@@ -192,7 +192,10 @@ class DiffextTrainer(ConfiguredTrainer):
 
     # ------------------------------------------------------------------ EMA teacher
     def start_teacher(self) -> nn.Module:
-        """A frozen copy of the network in eval mode, outside ``self.network`` and its ``network_weights``."""
+        """A frozen copy of the network in eval mode, outside ``self.network`` and its ``network_weights``.
+
+        Settings of a trainer that starts one hold ``ema_decay``.
+        """
         self.teacher = deepcopy(self.module).eval().requires_grad_(False)
         return self.teacher
 
@@ -228,7 +231,7 @@ class DiffextTrainer(ConfiguredTrainer):
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # our own bytes
         checkpoint.update(self.extra_checkpoint())
         try:
-            write_atomically(checkpoint, filename)
+            write_checkpoint(checkpoint, filename)
         except CheckpointError as error:
             if filename.endswith("checkpoint_final.pth"):
                 raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_diffext.data.dataset import dataset_id, dataset_name, load_json, preprocessed_folder, training_ids
+from nnunet_diffext.files import write_atomically
 
 SPLITS_FILE = "splits_final.json"
 # nnUNetTrainer.do_split
@@ -119,7 +119,7 @@ def write_semisupervised_split(
         lists = {"train": changed[index].train, "val": changed[index].val, "unlabeled": changed[index].unlabeled}
         splits[index] = {**splits[index], **{key: list(ids) for key, ids in lists.items()}}
     backup = _back_up(file) if file.exists() else None
-    _write_atomically(file, splits)
+    write_atomically(file, json.dumps(splits, indent=4))
     return SplitReport(file, backup, changed)
 
 
@@ -254,19 +254,6 @@ def _back_up(file: Path) -> Path:
         backup = file.with_name(f"{file.stem}_{stamp}-{number}.json")
     shutil.copy2(file, backup)
     return backup
-
-
-def _write_atomically(file: Path, content: list[Any]) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(content, handle, indent=4)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def keep_labeled_percent(split: Split, percent: float) -> Split:

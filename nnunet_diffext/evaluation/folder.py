@@ -17,7 +17,7 @@ from nnunet_diffext.evaluation.calibration import Calibration
 from nnunet_diffext.evaluation.cases import POOLED, CaseScore, calibration_metrics, score_case
 from nnunet_diffext.evaluation.metrics import implementation
 from nnunet_diffext.evaluation.provenance import provenance
-from nnunet_diffext.evaluation.report import metrics_csv, write_atomically, write_json
+from nnunet_diffext.evaluation.report import metrics_csv, write_json, write_result
 from nnunet_diffext.evaluation.task import OUTPUTS, Case, Options, Task, find_cases, find_dataset_json, load_task
 
 SUMMARY, TABLE, RELIABILITY, RISK_COVERAGE = OUTPUTS
@@ -126,6 +126,7 @@ class _Scores:
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, name: str, result: CaseScore | Failure) -> None:
+        """One case: its scores and notes, or why it has none."""
         if isinstance(result, Failure):
             self.failed[name] = result.message
             return
@@ -218,7 +219,7 @@ def _write(
         contents[RELIABILITY] = plots.reliability_png(pooled, titles, band)
         contents[RISK_COVERAGE] = plots.risk_coverage_png(pooled, titles, band)
     for name, content in contents.items():
-        write_atomically(out / name, content)
+        write_result(out / name, content)
     write_json(out / SUMMARY, report)
     return [out / name for name in (SUMMARY, *contents)]
 

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_diffext.evaluation.metrics import json_ready
+from nnunet_diffext.files import write_atomically
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write beside ``path``, flush to disk, then rename.
+def write_result(path: Path, content: bytes | str) -> None:
+    """Write a file of the evaluation in one step.
 
     Raises:
         ValueError: the folder is not writable or the disk is full; an older file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise ValueError(f"could not write {path}: {error}; free disk space, check permissions, or use -o") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Strict JSON: what is not defined (NaN) is null."""
-    write_atomically(path, json.dumps(json_ready(content), indent=1, allow_nan=False) + "\n")
+    write_result(path, json.dumps(json_ready(content), indent=1, allow_nan=False) + "\n")
 
 
 def metrics_csv(metric_per_case: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_diffext.data.dataset import load_json
+from nnunet_diffext.files import write_atomically
 
 NAME = "calibration.json"
 COMPARED = ("folds", "checkpoint", "mirroring", "step_size", "samples", "steps", "sampler")
@@ -49,9 +49,7 @@ def stored_temperature(model_folder: Path) -> float:
 def write_calibration(model_folder: Path, content: Mapping[str, Any]) -> Path:
     """Write the file in one step and return its path."""
     file = model_folder / NAME
-    temporary = file.with_name(f".{NAME}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps(content, indent=2))
     return file
 
 

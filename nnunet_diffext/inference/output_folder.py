@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunet_diffext.files import write_atomically
 from nnunet_diffext.inference.predictor import Predictor
 from nnunet_diffext.inference.quality import QualityTable
 
@@ -51,9 +52,7 @@ def prepare_folder(
         "plans.json": predictor.model.plans.plans,
     }
     for name, content in contents.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=4, default=str), encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_atomically(folder / name, json.dumps(content, indent=4, default=str))
     return QualityTable(folder)
 
 

@@ -14,15 +14,17 @@ Probabilities are the final ones, after temperature scaling; entropy and mutual 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+
+from nnunet_diffext.files import write_atomically
 
 FILES = ("quality.csv", "quality.json")
 OVERALL = ("quality", "entropy", "mutual_information", "agreement")
@@ -125,14 +127,12 @@ class QualityTable:
         content = {"cases": {case: _without_nan(scores) for case, scores in rows.items()}}
         names = list(dict.fromkeys(name for scores in rows.values() for name in scores["labels"]))
         columns = ["case", *OVERALL, *(f"{key}_{name}" for name in names for key in PER_LABEL)]
-        temporary = {file: self.folder / f".{os.getpid()}.{file}" for file in FILES}
-        with open(temporary["quality.csv"], "w", newline="", encoding="utf-8") as handle:
-            table = csv.DictWriter(handle, columns, restval=math.nan)
-            table.writeheader()
-            table.writerows(_flat(case, scores) for case, scores in rows.items())
-        temporary["quality.json"].write_text(json.dumps(content, indent=2), encoding="utf-8")
-        for file in FILES:  # the json last: it is what --continue_prediction reads
-            os.replace(temporary[file], self.folder / file)
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, columns, restval=math.nan)
+        table.writeheader()
+        table.writerows(_flat(case, scores) for case, scores in rows.items())
+        write_atomically(self.folder / "quality.csv", text.getvalue())
+        write_atomically(self.folder / "quality.json", json.dumps(content, indent=2))  # read by --continue_prediction
 
 
 def _flat(case: str, scores: Scores) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_diffext import __version__
-from nnunet_diffext.evaluation.report import write_atomically
+from nnunet_diffext.evaluation.report import write_result
 from nnunet_diffext.report.confidence import confidence_section, expected_and_achieved
 from nnunet_diffext.report.curves import training_charts
 from nnunet_diffext.report.gallery import gallery_section
@@ -86,7 +86,7 @@ def write_report(
             for index, model in enumerate(models)
         ]  # fmt: skip
         page = render(models, scores, cases)
-    write_atomically(Path(out), page)
+    write_result(Path(out), page)
     problems = [
         f"{m.letter}: {line}"
         for m, s in zip(models, scores, strict=True)

@@ -190,7 +190,7 @@ def test_regions_with_ignore_label(workspace: Workspace, tmp_path: Path, monkeyp
     plans["diffext"] = {"PGRDTrainer": {"prior_trainer": PRIOR}}
     file.write_text(json.dumps(plans))
     preprocess(dataset, ["3d_fullres"], unlabeled=False)
-    with pytest.raises(StageError, match=f"nnUNetv2_train {dataset} 3d_fullres 0 -tr {PRIOR} -p nnUNetPlans --npz"):
+    with pytest.raises(StageError, match=f"nnUNetv2_train {dataset} 3d_fullres 0 -tr {PRIOR} -p nnUNetPlans"):
         train(dataset, PGRD)
     train(dataset, PRIOR)
     train(dataset, PGRD)

@@ -18,7 +18,7 @@ from nnunet_diffext.cli.main import main
 from nnunet_diffext.evaluation.calibration import calibration, label_calibration
 from nnunet_diffext.evaluation.cases import foreground_band, score_case
 from nnunet_diffext.evaluation.folder import evaluate_predictions
-from nnunet_diffext.evaluation.report import write_atomically
+from nnunet_diffext.evaluation.report import write_result
 from nnunet_diffext.evaluation.task import OUTPUTS, Options, find_cases, find_dataset_json, load_task
 
 
@@ -296,12 +296,12 @@ def test_jobs_and_results_reach_worker_processes(tmp_path):
 
 def test_a_write_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    write_atomically(file, "first")
+    write_result(file, "first")
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ValueError, match="No space left"):
-        write_atomically(file, "second")
+        write_result(file, "second")
     assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]

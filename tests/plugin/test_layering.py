@@ -14,7 +14,7 @@ PACKAGE = "nnunet_diffext"
 
 # From the bottom to the top. A component may import from its own row and from those before it.
 LAYERS = (
-    {"", "settings", "variants"},  # "" is the package itself: __version__
+    {"", "settings", "variants", "files"},  # "" is the package itself: __version__
     {"diffusion"},
     {"networks"},
     {"losses"},

@@ -18,7 +18,7 @@ from nnunet_diffext.checkpoints import CheckpointError
 from nnunet_diffext.stages import FINAL, StageError, find_model_folder, load_stage
 
 FLAT = Kind((16, 16), ((1, 1), (2, 2)), features=(4, 8))
-COMMAND = "nnUNetv2_train Dataset999_Tiny 2d 0 -tr nnUNetTrainer -p nnUNetPlans --npz"
+COMMAND = "nnUNetv2_train Dataset999_Tiny 2d 0 -tr nnUNetTrainer -p nnUNetPlans"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,38 @@
+"""Writing files such that a kill, a full disk or a reader at the wrong moment never meets half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path, temporary: str | None = None) -> Iterator[BinaryIO]:
+    """A file beside ``path`` to write to; it is flushed to disk and takes its place when the block ends well.
+
+    Args:
+        path: an older file there is untouched until then, and stays if the block fails.
+        temporary: name of the file beside; by default one that no other process uses.
+    Raises:
+        OSError: the folder is not writable or the disk is full.
+    """
+    beside = path.with_name(temporary or f".{path.name}.{os.getpid()}.incomplete")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace a file by ``content`` (text as UTF-8) in one step, see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
