@@ -3,10 +3,9 @@
     python benchmarks/raters.py --work DIR                # makes the data, trains and predicts everything
     python benchmarks/raters.py --table
 
-Every volume holds a ball whose core every rater marks, a shell that a rater marks as a whole or not at all, and a blob
-of which the same is true. How often they are marked follows from their brightness, so P(y | x) is known in every voxel;
-a training case shows one rater's answer. Scores are those of the predicted probabilities against P on unseen volumes:
-the cross-entropy -E_P log q, what it exceeds the entropy of P by (the KL divergence), and the calibration error.
+The data are those of rater_data.py. Scores are those of the predicted probabilities against the known P(y | x) on
+unseen volumes: the cross-entropy -E_P log q, what it exceeds the entropy of P by (the KL divergence), and the
+calibration error.
 
 Methods: the nnU-Net prior of one fold, with a temperature fitted on the fold's validation cases, Monte-Carlo dropout,
 an ensemble of three seeds, and PGRDTrainer with and without its parts. All see the 48 training volumes of fold 0; the
@@ -16,7 +15,6 @@ out-of-fold priors of PGRD have also seen its 12 validation volumes, as the fitt
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -26,14 +24,14 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from common import load_json, save_json
-from scipy.ndimage import binary_dilation, gaussian_filter
+from rater_data import CONFIGURATION, DATASET, FOLDS, PLANS, prepare
+from scipy.ndimage import binary_dilation
 from scipy.special import entr
 
-from nnunet_diffext.demo.commands import nnunet_environment, run_command
+from nnunet_diffext.demo.commands import run_command
+from nnunet_diffext.evaluation.cases import read_probabilities
 from nnunet_diffext.evaluation.provenance import provenance
 
-DATASET, CONFIGURATION, PLANS = "Dataset950_Raters", "3d_fullres", "nnUNetPlans"
-SIZE, TRAIN, TEST, FOLDS = 32, 60, 30, 5
 FLOOR = 1e-7  # of predicted probabilities inside the logarithm
 PGRD_ROWS = {
     "PGRD": "",
@@ -43,82 +41,6 @@ PGRD_ROWS = {
     "PGRD in-sample prior": "_insample",
     "PGRD corrupted prior": "_corrupted",
 }
-
-
-def make_case(seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (float32), the true probability of the foreground (float32) and one rater's mask (uint8), each 32^3."""
-    rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*[np.arange(SIZE)] * 3, indexing="ij"), axis=-1).astype(float)
-    grid = grid + 1.5 * np.stack([gaussian_filter(rng.normal(size=(SIZE,) * 3), 4) * 40 for _ in range(3)], axis=-1)
-    centre = rng.uniform(13, 19, size=3)
-    distance = np.linalg.norm(grid - centre, axis=-1)
-    radius = rng.uniform(4.5, 6.5)
-    core, shell = distance <= radius, (distance > radius) & (distance <= radius + rng.uniform(1.5, 3.5))
-    direction = rng.normal(size=3)
-    blob_centre = centre + direction / np.linalg.norm(direction) * rng.uniform(11, 12.5)
-    blob = (np.linalg.norm(grid - blob_centre, axis=-1) <= rng.uniform(2.5, 4)) & ~core & ~shell
-    image, truth, mask = np.zeros((SIZE,) * 3), np.zeros((SIZE,) * 3), np.zeros((SIZE,) * 3, dtype=np.uint8)
-    image[core], truth[core], mask[core] = 1.0, 1.0, 1
-    for part in (shell, blob):
-        brightness = rng.uniform(0.15, 0.75)
-        probability = (brightness - 0.15) / 0.6
-        image[part], truth[part] = brightness, probability
-        mask[part] = rng.random() < probability
-    image = gaussian_filter(image, 0.6) + rng.normal(0, 0.25, size=image.shape)
-    return image.astype(np.float32), truth.astype(np.float32), mask
-
-
-def write(array: np.ndarray, path: Path) -> None:
-    """As an image of unit spacing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
-
-
-def prepare(work: Path) -> dict[str, str]:
-    """Data, plans, preprocessing and splits below ``work``, each made once. Returns the environment for commands."""
-    env = nnunet_environment(work)
-    raw, preprocessed = Path(env["nnUNet_raw"]) / DATASET, Path(env["nnUNet_preprocessed"]) / DATASET
-    if not (raw / "dataset.json").is_file():
-        for group, count in (("Tr", TRAIN), ("Ts", TEST)):
-            for index in range(count):
-                image, truth, mask = make_case((group == "Ts", index))
-                case = f"case_{index:03d}"
-                write(image, raw / f"images{group}" / f"{case}_0000.nii.gz")
-                write(mask, raw / f"labels{group}" / f"{case}.nii.gz")
-                write(truth, raw / f"truth{group}" / f"{case}.nii.gz")
-        content = {
-            "channel_names": {"0": "synthetic"}, "labels": {"background": 0, "object": 1}, "numTraining": TRAIN,
-            "file_ending": ".nii.gz",
-        }  # fmt: skip
-        save_json(content, raw / "dataset.json")
-    if not (preprocessed / "prepared").is_file():
-        log = work / "logs" / "prepare.log"
-        run_command(["nnUNetv2_extract_fingerprint", "-d", "950", "-np", "1", "--no_pbar"], env, log)
-        run_command(["nnUNetv2_plan_experiment", "-d", "950"], env, log)
-        edit_plans(preprocessed / f"{PLANS}.json")
-        run_command(["nnUNetv2_preprocess", "-d", "950", "-c", CONFIGURATION, "-np", "1", "--no_pbar"], env, log)
-        cases = [f"case_{i:03d}" for i in range(TRAIN)]
-        folds = [cases[k::FOLDS] for k in range(FOLDS)]
-        splits = [{"train": [c for c in cases if c not in val], "val": val} for val in folds]
-        (preprocessed / "splits_final.json").write_text(json.dumps(splits))
-        (preprocessed / "prepared").touch()
-    return env
-
-
-def edit_plans(file: Path) -> None:
-    """A network that two CPU cores train in minutes; a second plans file of it has dropout."""
-    plans = load_json(file)
-    configuration = plans["configurations"][CONFIGURATION]
-    configuration.update(patch_size=[SIZE] * 3, batch_size=2)
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": 4, "features_per_stage": [8, 16, 32, 64], "strides": [[1] * 3] + [[2] * 3] * 3,
-        "kernel_sizes": [[3] * 3] * 4, "n_conv_per_stage": [2] * 4, "n_conv_per_stage_decoder": [2] * 3,
-    }  # fmt: skip
-    save_json(plans, file)
-    kwargs = configuration["architecture"]["arch_kwargs"]
-    kwargs.update(dropout_op="torch.nn.modules.dropout.Dropout3d", dropout_op_kwargs={"p": 0.1, "inplace": False})
-    plans["plans_name"] = f"{PLANS}Dropout"
-    save_json(plans, file.with_name(f"{PLANS}Dropout.json"))
 
 
 def band_of(truth: np.ndarray) -> np.ndarray:
@@ -160,11 +82,6 @@ def evaluate(probabilities: dict[str, np.ndarray], raw: Path, group: str = "Ts")
     return {key: float(np.mean([r[key] for r in rows])) for key in rows[0]} | {"cases": len(rows), "per_case": rows}
 
 
-def read_probabilities(folder: Path) -> dict[str, np.ndarray]:
-    """Foreground probabilities of a prediction folder with npz files."""
-    return {f.stem: np.load(f)["probabilities"][1] for f in sorted(folder.glob("*.npz"))}
-
-
 class Benchmark:
     """Trains, predicts and scores; what is finished is not repeated."""
 
@@ -201,7 +118,7 @@ class Benchmark:
         command += ["-npp", "1", "-nps", "1", *flags]
         shutil.rmtree(out, ignore_errors=True)
         run_command(command, self.env, self.work / "logs" / f"predict_{out.name}.log")
-        return read_probabilities(out)
+        return {f.stem: read_probabilities(f)[1] for f in sorted(out.glob("*.npz"))}
 
     def record(self, name: str, probabilities: dict[str, np.ndarray], **more: Any) -> None:
         """Add one row to the result file."""

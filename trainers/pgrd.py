@@ -36,14 +36,14 @@ class PGRDSettings(MethodSettings):
             "the paper's baseline: conditional DDPM without prior and supervision heads, noise prediction, 1000 steps",
             {
                 "guided": False, "levels": 0, "readout": "simplex", "kind": "eps", "zero_terminal_snr": False,
-                "steps": 1000, "sampler": "ddpm", "terminal_share": 0.0,
+                "steps": 1000, "step_power": 1.0, "sampler": "ddpm", "terminal_share": 0.0,
             },
         ),
         "paper": (
             "the paper's recipe: kappa = 1, uniform t, softmax over tau_out, five samples of 300 DDIM steps",
             {
-                "kappa": 1.0, "terminal_share": 0.0, "readout": "softmax", "steps": 300, "samples": 5,
-                "prior_kind": "insample",
+                "kappa": 1.0, "terminal_share": 0.0, "readout": "softmax", "steps": 300, "step_power": 1.0,
+                "samples": 5, "prior_kind": "insample",
             },
         ),
     }  # fmt: skip
@@ -100,6 +100,10 @@ class PGRDSettings(MethodSettings):
     tau_out: float = setting(0.1, "temperature of the softmax read-out", number="tauout#", minimum=1e-3)
     samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
     steps: int = setting(1, "denoiser steps S per sample; 1: posterior mean", number="#steps", minimum=1)
+    step_power: float = setting(
+        3.0, "the k-th of S steps starts at T (1 - (k/S)^power): 1 is evenly spaced, larger is denser near T, where it "
+        "is decided which structures there are", number="power#", switches={"evenSteps": 1.0}, minimum=1,
+    )  # fmt: skip
     sampler: str = setting(
         "ddim", "sampler of predictions with several steps; eq5_*: literal readings of eq. 5, biased",
         choices=SAMPLERS, switches={
@@ -161,6 +165,7 @@ class PGRDTrainer(GuidedTrainer):
             hard_prior=s.hard_prior,
             terminal_share=s.terminal_share,
             literal_eq10=s.literal_eq10,
+            step_power=s.step_power,
             sampling=Sampling(
                 samples=s.samples if s.steps > 1 else 1, steps=s.steps, sampler=s.sampler, seed=s.noise_seed
             ),

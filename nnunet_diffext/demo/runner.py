@@ -28,7 +28,7 @@ class DemoOptions:
     """Size of the demo. ``epochs`` times ``iterations`` optimiser steps are given to each of the two trainers."""
 
     out: Path
-    epochs: int = 8
+    epochs: int = 14
     iterations: int = 50
     labeled: int = 6
     unlabeled: int = 16
@@ -72,7 +72,7 @@ def shrink_network(plans_file: Path) -> str:
     before = arguments["features_per_stage"]
     arguments["features_per_stage"] = [f // FEATURE_DIVISOR for f in before]
     planned = configuration["patch_size"]
-    configuration["patch_size"] = [16, 48, 48]
+    configuration["patch_size"] = [16, 32, 32]
     plans_file.write_text(json.dumps(plans, indent=4) + "\n")
     return (
         f"edited {plans_file.name}: features_per_stage {before} -> {arguments['features_per_stage']}, "

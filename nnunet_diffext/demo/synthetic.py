@@ -15,8 +15,8 @@ from scipy.ndimage import gaussian_filter
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidneys": 3, "lesion": 4}
 FILE_ENDING = ".nii.gz"
-SHAPE = (20, 64, 64)
-SLICE_DISTANCE_MM = 3.0
+SHAPE = (16, 48, 48)
+SLICE_DISTANCE_MM = 3.6
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def make_case(seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, tuple[floa
         differs between cases within the plane.
     """
     rng = np.random.default_rng(seed)
-    in_plane = rng.uniform(1.2, 1.35)
+    in_plane = rng.uniform(1.6, 1.75)
     spacing = (SLICE_DISTANCE_MM, in_plane, in_plane)
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(SHAPE, spacing, strict=True)]
     position = np.meshgrid(*axes, indexing="ij")

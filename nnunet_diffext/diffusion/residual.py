@@ -65,6 +65,7 @@ def literal_sampler(
     prior: Tensor,
     *,
     reading: str,
+    power: float = 1.0,
     kind: PredictionKind = "v",
     generator: torch.Generator | None = None,
     mirror_axes: Sequence[int] = (),
@@ -72,7 +73,7 @@ def literal_sampler(
     """PGRD's eq. 5 taken at its word, in centred variables; biased, for comparison only.
 
     Args:
-        model, x_T, steps, kind, generator, mirror_axes: as in :func:`~nnunet_diffext.diffusion.samplers.ddim`.
+        model, x_T, steps, power, kind, generator, mirror_axes: as in :func:`~nnunet_diffext.diffusion.samplers.ddim`.
         prior: ``pi / kappa``, ``(B, K, *)``: what the missing drift towards the prior amounts to.
         reading: ``"eq5_mean"``: the mean of eq. 5 without noise ("a DDIM-style sampler sets sigma_t = 0");
             ``"eq5_uncentred"``: eq. 5 with its noise; ``"eq5_literal"``: also with the bar that is missing in
@@ -85,7 +86,7 @@ def literal_sampler(
     if reading not in LITERAL_READINGS:
         raise ValueError(f"unknown reading {reading!r} of eq. 5; choose one of {', '.join(LITERAL_READINGS)}")
     x = x_T.float()
-    steps_taken = transitions(schedule, steps)
+    steps_taken = transitions(schedule, steps, power)
     for index, (t, u) in enumerate(steps_taken):
         x0 = denoise(model, x, t, schedule, kind)
         if u is None:

@@ -26,26 +26,39 @@ Model = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
 
-def trailing_timesteps(timesteps: int, steps: int) -> list[int]:
-    """`steps` evenly spaced indices, strictly decreasing from T-1 ("trailing" of Lin et al. 2024, table 2).
+def trailing_timesteps(timesteps: int, steps: int, power: float = 1.0) -> list[int]:
+    """`steps` indices, strictly decreasing from T-1 ("trailing" of Lin et al. 2024, table 2).
 
     Starting at T-1 matters: sampling starts from pure noise, and only at T-1 was the network shown that.
 
+    Args:
+        timesteps: T.
+        steps: S.
+        power: 1: evenly spaced. Larger: t_k = T (1 - (k / S)^power) - 1, dense near T, where it is decided which
+            large structures there are.
     Raises:
-        ValueError: `steps` is not in 1 .. `timesteps`.
+        ValueError: `steps` is not in 1 .. `timesteps`, or `power` is less than 1.
 
     >>> trailing_timesteps(1000, 4)
     [999, 749, 499, 249]
+    >>> trailing_timesteps(1000, 4, power=3)
+    [999, 983, 874, 577]
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"the number of sampling steps must lie in 1 .. {timesteps} (the schedule's T), got {steps}")
-    # round(T k / S) - 1 in integers; halves go up, so that the list stays strictly monotone.
-    return [(2 * timesteps * k + steps) // (2 * steps) - 1 for k in range(steps, 0, -1)]
+    if power < 1:
+        raise ValueError(f"power must be at least 1 (evenly spaced), got {power}")
+    if power == 1:  # round(T k / S) - 1 in integers; halves go up, so that the list stays strictly monotone
+        return [(2 * timesteps * k + steps) // (2 * steps) - 1 for k in range(steps, 0, -1)]
+    times = [timesteps - 1]
+    for k in range(1, steps):
+        times.append(min(times[-1] - 1, round(timesteps * (1 - (k / steps) ** power)) - 1))
+    return times
 
 
-def transitions(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int | None]]:
+def transitions(schedule: NoiseSchedule, steps: int, power: float = 1.0) -> list[tuple[int, int | None]]:
     """Pairs (t, u) of the realised list; the last u is None, clean data."""
-    times = trailing_timesteps(schedule.timesteps, steps)
+    times = trailing_timesteps(schedule.timesteps, steps, power)
     return list(zip(times, [*times[1:], None], strict=True))
 
 
@@ -70,6 +83,7 @@ def ddim(
     schedule: NoiseSchedule,
     steps: int,
     *,
+    power: float = 1.0,
     kind: PredictionKind = "x0",
     eta: float = 0.0,
     generator: torch.Generator | None = None,
@@ -82,6 +96,7 @@ def ddim(
         model: see the module's docstring; `steps` calls.
         x_T: `(B, K, *)` standard normal noise.
         steps: 1 .. T.
+        power: spacing of the steps, see `trailing_timesteps`.
         kind: what the model predicts.
         generator: of the noise for `eta > 0`; a CPU generator gives the same noise on every device.
         mirror_axes: make that noise symmetric, see `noise.gaussian_noise`.
@@ -89,12 +104,12 @@ def ddim(
     Returns:
         float32 `(B, K, *)`, the last x0_hat. Not clipped.
     Raises:
-        ValueError: `steps`, `eta` or `kind` out of range, or a model output of another shape.
+        ValueError: `steps`, `power`, `eta` or `kind` out of range, or a model output of another shape.
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in 0 .. 1 (0 deterministic, 1 DDPM), got {eta}")
     x = x_T.float()
-    for step, (t, u) in enumerate(transitions(schedule, steps)):
+    for step, (t, u) in enumerate(transitions(schedule, steps, power)):
         x0 = denoise(model, x, t, schedule, kind)
         if callback is not None:
             callback(step, t, x, x0)
@@ -114,6 +129,7 @@ def ddpm(
     schedule: NoiseSchedule,
     steps: int,
     *,
+    power: float = 1.0,
     kind: PredictionKind = "x0",
     generator: torch.Generator | None = None,
     mirror_axes: Sequence[int] = (),
@@ -130,7 +146,16 @@ def ddpm(
     which is DDIM's step at eta = 1 (Song et al. 2021, section 4.1). Arguments, result and errors as in `ddim`.
     """
     return ddim(
-        model, x_T, schedule, steps, kind=kind, eta=1.0, generator=generator, mirror_axes=mirror_axes, callback=callback
+        model,
+        x_T,
+        schedule,
+        steps,
+        power=power,
+        kind=kind,
+        eta=1.0,
+        generator=generator,
+        mirror_axes=mirror_axes,
+        callback=callback,
     )
 
 
@@ -140,6 +165,7 @@ def dpm_solver_pp_2m(
     schedule: NoiseSchedule,
     steps: int,
     *,
+    power: float = 1.0,
     kind: PredictionKind = "x0",
     callback: Callback | None = None,
 ) -> Tensor:
@@ -156,7 +182,7 @@ def dpm_solver_pp_2m(
     """
     x = x_T.float()
     previous_x0, previous_h = None, math.inf
-    for step, (t, u) in enumerate(transitions(schedule, steps)):
+    for step, (t, u) in enumerate(transitions(schedule, steps, power)):
         x0 = denoise(model, x, t, schedule, kind)
         if callback is not None:
             callback(step, t, x, x0)

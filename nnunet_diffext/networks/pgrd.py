@@ -68,6 +68,7 @@ class PGRDNet(nn.Module):
         terminal_share: share of the training samples at t = T - 1, where a one-step prediction is made; the others are
             uniform in t.
         literal_eq10: train on the process of eq. 10 at its word (a curiosity).
+        step_power: spacing of the steps, see :func:`~nnunet_diffext.diffusion.trailing_timesteps`.
         sampling: of :meth:`forward` in eval mode.
     """
 
@@ -94,6 +95,7 @@ class PGRDNet(nn.Module):
         hard_prior: bool = False,
         terminal_share: float = 0.25,
         literal_eq10: bool = False,
+        step_power: float = 1.0,
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class PGRDNet(nn.Module):
         k = label_space.num_heads
         self.label_space, self.kind, self.readout = label_space, kind, readout
         self.tau, self.tau_out = tau, tau_out
-        self.hard_prior, self.terminal_share = hard_prior, terminal_share
+        self.hard_prior, self.terminal_share, self.step_power = hard_prior, terminal_share, step_power
         self.sampling = sampling or Sampling()
         self.schedule = NoiseSchedule(schedule, timesteps, zero_terminal_snr)
         self.eq10 = literal_eq10_marginal(self.schedule) if literal_eq10 else None
@@ -264,7 +266,9 @@ class PGRDNet(nn.Module):
             return prediction
 
         centre = None if context.prior is None else context.prior / self.kappa
-        u0 = draw(model, noise, self.schedule, steps, sampler, seed, kind=self.kind, centre=centre)
+        u0 = draw(
+            model, noise, self.schedule, steps, sampler, seed, power=self.step_power, kind=self.kind, centre=centre
+        )
         if self.readout == "heads":
             return self.label_space.probabilities(self.head_logits(context, last, levels=1)[0])
         estimate = self.kappa * u0 if context.prior is None else context.prior + self.kappa * u0

@@ -48,13 +48,14 @@ def draw(
     sampler: str,
     seed: int,
     *,
+    power: float = 1.0,
     kind: PredictionKind,
     centre: Tensor | None = None,
 ) -> Tensor:
     """Estimate of ``u_0`` ``(B, K, *)``, float32. Noise that is added on the way is the same in every mirror pass.
 
     Args:
-        model, noise, steps, kind: see :mod:`nnunet_diffext.diffusion.samplers`.
+        model, noise, steps, power, kind: see :mod:`nnunet_diffext.diffusion.samplers`.
         sampler: one of :data:`SAMPLERS`.
         seed: of the noise on the way.
         centre: ``pi / kappa``, which the literal readings of eq. 5 drift away from; ``None``: zero.
@@ -64,16 +65,25 @@ def draw(
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if sampler == "ddim":
-        return ddim(model, noise, schedule, steps, kind=kind)
+        return ddim(model, noise, schedule, steps, power=power, kind=kind)
     if sampler == "dpm++":
-        return dpm_solver_pp_2m(model, noise, schedule, steps, kind=kind)
+        return dpm_solver_pp_2m(model, noise, schedule, steps, power=power, kind=kind)
     generator = torch.Generator().manual_seed(seed ^ _ON_THE_WAY)
     axes = tuple(range(2, noise.ndim))
     if sampler == "ddpm":
-        return ddpm(model, noise, schedule, steps, kind=kind, generator=generator, mirror_axes=axes)
+        return ddpm(model, noise, schedule, steps, power=power, kind=kind, generator=generator, mirror_axes=axes)
     centre = torch.zeros_like(noise) if centre is None else centre
     return literal_sampler(
-        model, noise, schedule, steps, centre, reading=sampler, kind=kind, generator=generator, mirror_axes=axes
+        model,
+        noise,
+        schedule,
+        steps,
+        centre,
+        reading=sampler,
+        power=power,
+        kind=kind,
+        generator=generator,
+        mirror_axes=axes,
     )
 
 

@@ -57,6 +57,24 @@ def test_trailing_timesteps(timesteps, steps):
     assert max(gaps) - min(gaps) <= 1, "evenly spaced"
 
 
+@pytest.mark.parametrize("power", [1.5, 3, 10])
+@pytest.mark.parametrize("timesteps, steps", [(1000, 1), (1000, 10), (1000, 300), (1000, 1000), (7, 5), (2, 2)])
+def test_a_power_spaces_the_steps(timesteps, steps, power):
+    """Dense near T as far as the indices allow, strictly decreasing, none below 0."""
+    times = trailing_timesteps(timesteps, steps, power)
+    assert len(times) == steps and times[0] == timesteps - 1 and times[-1] >= 0
+    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    for k, (t, even) in enumerate(zip(times, trailing_timesteps(timesteps, steps), strict=True)):
+        assert t >= even - 1  # rounding
+        if times[k - 1] - t > 1 and k:
+            assert t == round(timesteps * (1 - (k / steps) ** power)) - 1
+
+
+def test_a_power_below_one_is_refused():
+    with pytest.raises(ValueError, match="power"):
+        trailing_timesteps(1000, 10, 0.5)
+
+
 def test_trailing_timesteps_are_rounded_to_nearest():
     assert trailing_timesteps(1000, 10) == list(range(999, 0, -100))
     assert trailing_timesteps(1000, 7) == [999, 856, 713, 570, 428, 285, 142]  # round(1000 k / 7) - 1
