@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +11,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nnunet_diffext.checkpoints import CheckpointError
 from nnunet_diffext.data.prior_errors import ErrorSample, PriorError
 from nnunet_diffext.data.splits import load_split, number_of_folds
-from nnunet_diffext.settings import LABELS_KEY, PLANNER_KEY, PLANS_KEY
-from nnunet_diffext.stages import FINAL, Stage, StageError, check_fits, find_model_folder, load_stage
-from nnunet_diffext.trainers.base import DiffextTrainer
-from nnunet_diffext.trainers.priors import (
-    BLIND_STRENGTH,
-    TRUSTED,
-    PriorBank,
-    build_prior,
-    load_prior,
-    out_of_fold,
-)
+from nnunet_diffext.stages import FINAL, StageError, load_stage
+from nnunet_diffext.trainers.priors import BLIND_STRENGTH, TRUSTED, PriorBank, out_of_fold
+from nnunet_diffext.trainers.staged import StagedTrainer, build_network_of, load_weights
 
 PRIOR_KINDS = ("auto", "oof", "corrupted", "insample")
 MEASURED_BATCHES = 8
 
 
-class GuidedTrainer(DiffextTrainer):
+class GuidedTrainer(StagedTrainer):
     """Adds ``self.module.prior``, found by name or through ``nnUNet_diffext_prior``, and :meth:`training_prior`.
 
     The settings of a subclass hold ``guided``, ``prior_trainer``, ``prior_kind`` and ``kappa``.
     """
 
-    stage: Stage | None = None
+    stage_name = "prior"
     bank: PriorBank | None = None
     _strength: float | None = None
-    _continues = False
 
     def training_prior(self, batch: Mapping[str, Any]) -> Tensor | None:
         """pi ``(B, K, *)`` for a training batch; ``None`` where the network's own prior will do."""
         return None if self.bank is None else self.bank(batch["data"], batch.get("keys", ()))
 
-    # ------------------------------------------------------------------ finding the prior
+    # ------------------------------------------------------------------ the prior of this fold
+    @property
+    def builds_on_stage(self) -> bool:
+        """Unless the settings leave the prior out."""
+        return self.settings.guided
+
     def initialize(self) -> None:
         """Find the prior before anything is built; its weights go into the network."""
-        if not self.was_initialized and self.settings.guided:
-            self._find_prior()
         super().initialize()
         if self.settings.kappa is not None:
             self.module.kappa.fill_(self.settings.kappa)
-        if self.stage is not None:
-            load_prior(self.module.prior, self.stage)
-
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Restore a training; the checkpoint brings its prior along, whatever has become of the prior's folder."""
-        self._continues = True
-        super().load_checkpoint(filename_or_checkpoint)
-
-    def _find_prior(self) -> None:
-        blocks = self._recorded_blocks() if self._continues else None
-        trainer = None if blocks is None else blocks[self.base_name]["prior_trainer"]
-        try:
-            stage = self._fitting_stage()
-        except (StageError, CheckpointError):
-            if trainer is None:
-                raise
-        else:
-            if trainer in (None, stage.trainer_name):
-                self.stage, trainer = stage, stage.trainer_name
-                blocks = stage.plans.get(PLANS_KEY, {}) if blocks is None else blocks
-                self.print_to_log_file(f"Prior: {stage.folder}, fold {stage.fold}.")
-        own = self.plans_manager.plans[PLANS_KEY]
-        shared = (self.base_name, LABELS_KEY, PLANNER_KEY)
-        own.update({k: v for k, v in blocks.items() if k not in shared})  # the prior may be one of our own methods
-        own[self.base_name]["prior_trainer"] = trainer
-        self.settings = replace(self.settings, prior_trainer=trainer)
-
-    def _fitting_stage(self) -> Stage:
-        plans = self.plans_manager.plans
-        names = [self.plans_manager.plans_name]
-        base = plans[PLANS_KEY].get(PLANNER_KEY, {}).get("base_plans")
-        names += [base] if base and base not in names else []
-        where = (plans["dataset_name"], self.configuration_name, self.settings.prior_trainer, names, self.fold)
-        stage = load_stage(find_model_folder("prior", *where), self.fold)
-        check_fits(stage, plans, self.configuration_name, self.dataset_json)
-        if stage.trainer_name.split("_")[0] == self.base_name:
-            raise StageError(f"{stage.folder} was trained by {self.base_name} itself, which cannot be its own prior.")
-        return stage
-
-    def _recorded_blocks(self) -> dict[str, Any] | None:
-        """Settings in the model folder of the training that is continued or validated."""
-        plans = Path(self.output_folder_base) / "plans.json"
-        return json.loads(plans.read_text()).get(PLANS_KEY) if plans.is_file() else None
 
     # ------------------------------------------------------------------ priors of the training cases
     def on_train_start(self) -> None:
@@ -106,8 +54,8 @@ class GuidedTrainer(DiffextTrainer):
         if self.module.prior is None:
             return
         fresh = self.current_epoch == 0
-        if fresh and self.stage is not None:
-            load_prior(self.module.prior, self.stage)  # -pretrained_weights has just overwritten a part of it
+        if fresh:
+            self.load_stage_weights()  # -pretrained_weights has just overwritten a part of them
         self.bank = self._prior_bank()
         if fresh or (self.bank.kind == "corrupted" and self._strength is None):
             self._measure(set_scale=fresh)
@@ -139,8 +87,8 @@ class GuidedTrainer(DiffextTrainer):
 
     def _load_fold(self, folder: Path, fold: int) -> nn.Module:
         arguments = (self.plans_manager, self.configuration_manager, self.num_input_channels)
-        network = build_prior(self.settings.prior_trainer, *arguments, self.label_manager.num_segmentation_heads)
-        load_prior(network, load_stage(folder, fold))
+        network = build_network_of(self.settings.prior_trainer, *arguments, self.label_manager.num_segmentation_heads)
+        load_weights(network, load_stage(folder, fold))
         return network.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()

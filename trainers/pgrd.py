@@ -15,7 +15,7 @@ from nnunet_diffext.networks.pgrd import PGRDNet, PGRDOutput
 from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
 from nnunet_diffext.settings import MethodSettings, SettingsError, setting
 from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer
-from nnunet_diffext.trainers.priors import build_prior
+from nnunet_diffext.trainers.staged import build_network_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class PGRDTrainer(GuidedTrainer):
         prior = None
         if s.guided:
             arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
-            prior = build_prior(s.prior_trainer, *arguments)
+            prior = build_network_of(s.prior_trainer, *arguments)
         return PGRDNet(
             prior,
             architecture,

@@ -3,9 +3,9 @@
 What a network has to offer:
   * ``network(image)`` in eval mode: logits ``(B, K, *patch)``, whose softmax (sigmoid for regions) is the probability.
   * one that can sample has also ``sample(image, noise, *, steps, sampler, seed)``: probabilities ``(B, K, *patch)`` of
-    one sample that starts from ``noise (B, K, *patch)``, and the attributes ``default_samples``, ``default_steps`` and
-    ``default_sampler``. All samples of a tile are asked for one directly after another with the same image tensor, so
-    the network may keep what depends on the image alone.
+    one sample that starts from ``noise (B, K, *patch)`` (``noise_channels`` instead of K, if it has that attribute),
+    and the attributes ``default_samples``, ``default_steps`` and ``default_sampler``. All samples of a tile are asked
+    for one directly after another with the same image tensor, so the network may keep what depends on the image alone.
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ class Architecture:
 
     def check_patch(self, patch_size: Sequence[int]) -> None:
         """Raise ``ValueError`` if the strides do not divide the patch (skip connections would not fit)."""
-        total = [1] * self.dim
-        for stride in self.strides:
-            total = [a * b for a, b in zip(total, stride, strict=True)]
+        total = list(self.stride_of(len(self.strides) - 1))
         if any(p % t for p, t in zip(patch_size, total, strict=True)):
             snapped = [max(t, round(p / t) * t) for p, t in zip(patch_size, total, strict=True)]
             raise ValueError(
@@ -71,19 +69,55 @@ class Architecture:
                 f"Change 'patch_size' in the plans file, for example to {snapped}."
             )
 
+    def stride_of(self, level: int) -> tuple[int, ...]:
+        """Voxels of the image per voxel of stage ``level``, for every axis."""
+        total = [1] * self.dim
+        for stride in self.strides[: level + 1]:
+            total = [a * b for a, b in zip(total, stride, strict=True)]
+        return tuple(total)
+
+    def level_within(self, stride: int) -> int:
+        """The deepest stage whose stride is at most ``stride`` in every axis and that leaves a stage below it."""
+        levels = range(len(self.strides) - 1)
+        return max((level for level in levels if max(self.stride_of(level)) <= stride), default=0)
+
     def coarser(self) -> Architecture:
         """The same network without its finest stage: it starts at the resolution and width of the second one."""
+        if self.kwargs["n_stages"] < 3:
+            raise ValueError("A network of fewer than 3 stages has no coarser version; use the full-resolution expert.")
+        return self._without(1)
+
+    def below(self, level: int) -> Architecture:
+        """The network from stage ``level`` on, for input that has that stage's resolution already.
+
+        Raises:
+            ValueError: fewer than two stages would be left.
+        """
+        if self.kwargs["n_stages"] - level < 2:
+            raise ValueError(
+                f"A network of {self.kwargs['n_stages']} stages leaves none below stage {level}: use a smaller latent "
+                "stride, or plans with more stages."
+            )
+        rest = self._without(level)
+        return replace(rest, kwargs={**rest.kwargs, "strides": [(1,) * self.dim, *rest.strides[1:]]})
+
+    def _without(self, stages: int) -> Architecture:
+        """The same network without its finest stages."""
         kwargs = dict(self.kwargs)
         for key in _PER_STAGE:
             if isinstance(kwargs.get(key), (list, tuple)):
-                kwargs[key] = list(kwargs[key])[1:]
+                kwargs[key] = list(kwargs[key])[stages:]
         for key in _PER_DECODER_STAGE:  # ordered from the coarsest stage to the finest
             if isinstance(kwargs.get(key), (list, tuple)):
-                kwargs[key] = list(kwargs[key])[:-1]
-        kwargs["n_stages"] -= 1
-        if kwargs["n_stages"] < 2:
-            raise ValueError("A network of fewer than 3 stages has no coarser version; use the full-resolution expert.")
+                kwargs[key] = list(kwargs[key])[: len(kwargs[key]) - stages]
+        kwargs["n_stages"] -= stages
         return replace(self, kwargs=kwargs)
+
+    def with_norm(self, norm_op: type[nn.Module]) -> Architecture:
+        """The same network with another normalisation, constructed as ``norm_op(channels, eps=..., affine=True)``."""
+        return replace(
+            self, kwargs={**self.kwargs, "norm_op": norm_op, "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
+        )
 
     def lighter(self, width: float, convolutions: int | None = None) -> Architecture:
         """The same resolutions with ``width`` times the channels (a multiple of 4, at least 4).

@@ -151,7 +151,7 @@ class DMEDNet(nn.Module):
     def fusion_inputs(self, de: UNetOutput, ce: UNetOutput) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Arguments of :class:`DynamicFusion`: both experts' features at the same levels, and their logits."""
         if not self.coupled:
-            de, ce = (UNetOutput(out.logits.detach(), [f.detach() for f in out.features]) for out in (de, ce))
+            de, ce = (UNetOutput(out.logits.detach(), [f.detach() for f in out.features], []) for out in (de, ce))
         features = de.features
         if self.lift_de is not None:
             finest = interpolate(features[0], size=de.logits.shape[2:], mode=self.mode)

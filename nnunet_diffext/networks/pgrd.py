@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
-from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, seeded_noise, target
+from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, target
 from nnunet_diffext.diffusion.parameterization import PredictionKind
 from nnunet_diffext.diffusion.preconditioning import precondition
 from nnunet_diffext.diffusion.residual import literal_eq10_marginal
 from nnunet_diffext.diffusion.schedules import autocast_off
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.guided import ContextUNet, StepUNet, SupervisionHeads
+from nnunet_diffext.networks.diffusion_net import DiffusionNet
 from nnunet_diffext.networks.sampling import READOUTS, Sampling, draw, project, soften
 
 
@@ -45,7 +46,7 @@ class PGRDOutput(NamedTuple):
     heads: list[Tensor]
 
 
-class PGRDNet(nn.Module):
+class PGRDNet(DiffusionNet):
     """Residual diffusion around a frozen prior (PGRD, section II), in the variables of ``diffusion/residual.py``.
 
     A prediction is ``skip u_t + out F(u_t, t, context) + c m(image, prior)``. The last term carries at t = T what the
@@ -98,17 +99,15 @@ class PGRDNet(nn.Module):
         step_power: float = 1.0,
         sampling: Sampling | None = None,
     ) -> None:
-        super().__init__()
         if readout not in READOUTS:
             raise ValueError(f"unknown readout {readout!r}; choose one of {', '.join(READOUTS)}")
         if readout == "heads" and levels < 1:
             raise ValueError("readout 'heads' needs at least one supervision head; use 'simplex' or 'softmax'.")
+        super().__init__(label_space, NoiseSchedule(schedule, timesteps, zero_terminal_snr), sampling, terminal_share)
         k = label_space.num_heads
-        self.label_space, self.kind, self.readout = label_space, kind, readout
+        self.kind, self.readout = kind, readout
         self.tau, self.tau_out = tau, tau_out
-        self.hard_prior, self.terminal_share, self.step_power = hard_prior, terminal_share, step_power
-        self.sampling = sampling or Sampling()
-        self.schedule = NoiseSchedule(schedule, timesteps, zero_terminal_snr)
+        self.hard_prior, self.step_power = hard_prior, step_power
         self.eq10 = literal_eq10_marginal(self.schedule) if literal_eq10 else None
         self.prior = prior.eval().requires_grad_(False) if prior is not None else None
         context_plan = architecture.lighter(context_width)
@@ -122,28 +121,9 @@ class PGRDNet(nn.Module):
         self.pool = adaptive_avg_pool3d if architecture.conv_op is nn.Conv3d else adaptive_avg_pool2d
         self.register_buffer("kappa", torch.ones(()))
         self.register_buffer("spread", torch.ones(()))
-        self._kept: tuple[Tensor, Tensor, Context] | None = None
-        self.register_load_state_dict_post_hook(forget_context)
-
-    # what `nnunet_diffext predict` asks for
-    @property
-    def default_samples(self) -> int:
-        """Samples of a prediction; 0 if a single step makes drawing them pointless."""
-        return self.sampling.samples if self.sampling.steps > 1 else 0
-
-    @property
-    def default_steps(self) -> int:
-        """Denoiser evaluations per sample."""
-        return self.sampling.steps
-
-    @property
-    def default_sampler(self) -> str:
-        """One of :data:`~nnunet_diffext.networks.sampling.SAMPLERS`."""
-        return self.sampling.sampler
 
     def train(self, mode: bool = True) -> PGRDNet:
         """The prior stays in eval mode."""
-        self._kept = None  # the weights are about to change, or have changed
         super().train(mode)
         if self.prior is not None:
             self.prior.eval()
@@ -172,11 +152,6 @@ class PGRDNet(nn.Module):
         prediction, features = self.denoise(context, u_t, t)
         wanted = target(self.kind, u0, noise, t, self.schedule)
         return PGRDOutput(prediction, wanted, t, self.head_logits(context, features))
-
-    def random_timesteps(self, count: int, device: torch.device) -> Tensor:
-        """``(count,)``: T - 1 with probability ``terminal_share``, else uniform."""
-        t = torch.randint(self.schedule.timesteps, (count,), device=device)
-        return t.masked_fill(torch.rand(count, device=device) < self.terminal_share, self.schedule.timesteps - 1)
 
     def noised(self, u0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 7 in centred variables."""
@@ -235,43 +210,24 @@ class PGRDNet(nn.Module):
         return [p / self.tau for p in self.heads(features, context.features, prior)]
 
     # ------------------------------------------------------------------ prediction
-    def probabilities(self, image: Tensor) -> Tensor:
-        """Mean over the samples ``(B, K, *patch)``, float32. The default, one step, is the posterior mean."""
-        s = self.sampling
-        shape = (len(image), self.label_space.num_heads, *image.shape[2:])
-        axes = tuple(range(2, image.ndim))
-        mean = 0.0
-        for seed in s.seeds:
-            noise = seeded_noise((1, *shape[1:]), seed, device=image.device, mirror_axes=axes).expand(shape)
-            mean = mean + self.sample(image, noise, steps=s.steps, sampler=s.sampler, seed=seed)
-        self._kept = None
-        return mean / s.samples
+    def known(self, image: Tensor) -> Context:
+        """The context around the network's own prior."""
+        return self.context(image)
 
-    def sample(self, image: Tensor, noise: Tensor, *, steps: int, sampler: str = "ddim", seed: int = 0) -> Tensor:
-        """Probabilities ``(B, K, *patch)`` of one sample that starts from ``noise`` ``(B, K, *patch)``.
-
-        Args:
-            image: ``(B, C, *patch)``; what depends on it alone is kept until another tensor comes.
-            steps: denoiser evaluations; 1 gives the posterior mean.
-            sampler: one of :data:`~nnunet_diffext.networks.sampling.SAMPLERS`.
-            seed: of the noise that ``"ddpm"`` adds on the way.
-        Raises:
-            ValueError: unknown sampler, or steps out of range.
-        """
-        context = self._context_of(image)
+    def draw_probabilities(self, known: Context, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
+        """See :class:`DiffusionNet`. One step gives the posterior mean."""
         last: list[Tensor] = []
 
         def model(u_t: Tensor, t: Tensor) -> Tensor:
-            prediction, last[:] = self.denoise(context, u_t, t)
+            prediction, last[:] = self.denoise(known, u_t, t)
             return prediction
 
-        centre = None if context.prior is None else context.prior / self.kappa
-        u0 = draw(
-            model, noise, self.schedule, steps, sampler, seed, power=self.step_power, kind=self.kind, centre=centre
-        )
+        centre = None if known.prior is None else known.prior / self.kappa
+        how = {"power": self.step_power, "kind": self.kind, "centre": centre}
+        u0 = draw(model, noise, self.schedule, steps, sampler, seed, **how)
         if self.readout == "heads":
-            return self.label_space.probabilities(self.head_logits(context, last, levels=1)[0])
-        estimate = self.kappa * u0 if context.prior is None else context.prior + self.kappa * u0
+            return self.label_space.probabilities(self.head_logits(known, last, levels=1)[0])
+        estimate = self.kappa * u0 if known.prior is None else known.prior + self.kappa * u0
         return self.read_out(estimate)
 
     def read_out(self, estimate: Tensor) -> Tensor:
@@ -279,17 +235,3 @@ class PGRDNet(nn.Module):
         if self.readout == "softmax":
             return soften(estimate, self.tau_out, self.label_space.regions)
         return project(estimate, self.label_space.regions)
-
-    def _context_of(self, image: Tensor) -> Context:
-        if torch.is_grad_enabled():
-            return self.context(image)  # its graph belongs to one backward pass
-        kept = self._kept
-        # the content as well: a tensor made in inference mode does not count its changes
-        if kept is None or kept[0] is not image or not torch.equal(kept[1], image):
-            self._kept = kept = (image, image.clone(), self.context(image))
-        return kept[2]
-
-
-def forget_context(network: PGRDNet, _: Any) -> None:
-    """After other weights were loaded."""
-    network._kept = None

@@ -12,10 +12,13 @@ from nnunet_diffext.networks.blocks.time import FiLM, TimeEmbedding
 
 
 class UNetOutput(NamedTuple):
-    """Logits ``(B, K, *)`` and the features of every level, finest first, down to the deepest encoder output."""
+    """Logits ``(B, K, *)`` and features, finest first: those of every level, down to the deepest encoder output, and
+    the encoder's.
+    """
 
     logits: Tensor
     features: list[Tensor]
+    encoder: list[Tensor]
 
 
 class UNetBackbone(nn.Module):
@@ -56,7 +59,7 @@ class UNetBackbone(nn.Module):
         for index, up in enumerate(self.upsampling):
             x = self.decoder_stage(index, torch.cat([up(x), skips[-(index + 2)]], dim=1), condition)
             features.append(x)
-        return UNetOutput(self.seg_layers[0](x), features[::-1])
+        return UNetOutput(self.seg_layers[0](x), features[::-1], skips)
 
 
 class VNet(UNetBackbone):

@@ -90,8 +90,8 @@ def test_every_sampler_gives_probabilities(sampler: str) -> None:
 def test_prediction_is_the_mean_of_the_samples() -> None:
     net = shaken(make_net(sampling=Sampling(samples=3, steps=2, seed=4))).eval()
     image, drawn = image_of(), []
-    plain = net.sample
-    net.sample = lambda *args, **kwargs: drawn.append(plain(*args, **kwargs)) or drawn[-1]
+    plain = net.draw_probabilities
+    net.draw_probabilities = lambda *args, **kwargs: drawn.append(plain(*args, **kwargs)) or drawn[-1]
     with torch.inference_mode():
         p = net.probabilities(image)
     assert len(drawn) == 3 and not torch.equal(drawn[0], drawn[1])

@@ -18,7 +18,8 @@ from nnunet_diffext.data.splits import Split
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.networks.pgrd import PGRDNet
 from nnunet_diffext.trainers import guided, priors
-from nnunet_diffext.trainers.priors import PriorBank, build_prior, out_of_fold
+from nnunet_diffext.trainers.priors import PriorBank, out_of_fold
+from nnunet_diffext.trainers.staged import build_network_of
 
 FLAT = Kind((16, 16), ((1, 1), (2, 2)), features=(4, 8))
 
@@ -133,14 +134,14 @@ def test_band(regions: bool) -> None:
 def test_prior_of_any_trainer(name: str) -> None:
     """Ours, with tokens, and nnU-Net's own, some of which look like names with tokens."""
     manager = make_trainer(kind=FLAT).plans_manager
-    network = build_prior(name, manager, manager.get_configuration("2d"), 1, 2)
+    network = build_network_of(name, manager, manager.get_configuration("2d"), 1, 2)
     assert network(images(1)).shape == (1, 2, 16, 16), "deep supervision is off"
 
 
 def test_prior_of_an_unknown_trainer() -> None:
     manager = make_trainer(kind=FLAT).plans_manager
     with pytest.raises(ValueError, match="trained by MyTrainer, which nnU-Net cannot find. Install"):
-        build_prior("MyTrainer", manager, manager.get_configuration("2d"), 1, 2)
+        build_network_of("MyTrainer", manager, manager.get_configuration("2d"), 1, 2)
 
 
 # ------------------------------------------------------------------ measured at the start of a training

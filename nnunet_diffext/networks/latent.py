@@ -1,0 +1,79 @@
+"""The way into the latent space and out of it: the finest stages of a planned U-Net, cut off at some stride."""
+
+from __future__ import annotations
+
+from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from torch import Tensor, nn
+
+from nnunet_diffext.networks.architecture import Architecture
+
+
+class LatentEncoder(nn.Module):
+    """Stages ``0 .. level`` of the planned encoder and a projection: ``(B, C, *patch)`` -> ``(B, channels, *latent)``.
+
+    Args:
+        architecture: what nnU-Net planned.
+        input_channels: C.
+        channels: of the latents.
+        level: the last stage.
+    """
+
+    def __init__(self, architecture: Architecture, input_channels: int, channels: int, level: int) -> None:
+        super().__init__()
+        net = architecture.build(input_channels, 2)
+        self.stem = getattr(net.encoder, "stem", None) or nn.Identity()
+        self.stages = nn.ModuleList(net.encoder.stages[: level + 1])
+        self.to_latent = architecture.conv_op(architecture.features[level], channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.to_latent(x)
+
+
+class LatentDecoder(nn.Module):
+    """Latents ``(B, channels, *latent)`` -> logits ``(B, K, *patch)``, without skip connections: they see masks alone.
+
+    Args:
+        architecture: what nnU-Net planned, in the width that the decoder should have.
+        channels: of the latents.
+        num_classes: K.
+        level: stage that the latents have the resolution of.
+    """
+
+    def __init__(self, architecture: Architecture, channels: int, num_classes: int, level: int) -> None:
+        super().__init__()
+        a, conv = architecture, architecture.conv_op
+        transposed = get_matching_convtransp(conv)
+        self.from_latent = self._block(a, channels, a.features[level], level)
+        self.upsampling, self.stages = nn.ModuleList(), nn.ModuleList()
+        for finer in range(level - 1, -1, -1):
+            stride = a.strides[finer + 1]
+            self.upsampling.append(transposed(a.features[finer + 1], a.features[finer], stride, stride))
+            self.stages.append(self._block(a, a.features[finer], a.features[finer], finer))
+        self.seg_layers = nn.ModuleList([conv(a.features[0], num_classes, 1)])
+
+    @staticmethod
+    def _block(architecture: Architecture, channels: int, features: int, level: int) -> nn.Module:
+        kwargs = architecture.kwargs
+        kernels = kwargs["kernel_sizes"]
+        names = ("conv_bias", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
+        return StackedConvBlocks(
+            1,
+            architecture.conv_op,
+            channels,
+            features,
+            kernels if isinstance(kernels, int) else kernels[level],
+            1,
+            **{name: kwargs[name] for name in names if name in kwargs},
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """See the class."""
+        x = self.from_latent(latents)
+        for up, stage in zip(self.upsampling, self.stages, strict=True):
+            x = stage(up(x))
+        return self.seg_layers[0](x)

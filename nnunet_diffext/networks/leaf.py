@@ -1,0 +1,133 @@
+"""LEAF's network: latent diffusion that predicts the clean mask latent in one step (Huang et al., MICCAI 2025)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule
+from nnunet_diffext.diffusion.parameterization import PredictionKind, target, to_x0
+from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.networks.blocks.norm import LayerNorm
+from nnunet_diffext.networks.diffusion_net import DiffusionNet
+from nnunet_diffext.networks.latent import LatentEncoder
+from nnunet_diffext.networks.sampling import Sampling, draw
+from nnunet_diffext.networks.unet import ConditionalUNet
+
+
+class LEAFOutput(NamedTuple):
+    """What the losses need.
+
+    Attributes:
+        prediction, target: what the network predicted and should have, ``(B, k, *latent)``, float32.
+        estimate: the clean latent that the prediction stands for.
+        features: of the U-Net's encoder level that is aligned, ``(B, C, *level)``.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    estimate: Tensor
+    features: Tensor
+
+
+class LEAFNet(DiffusionNet):
+    """Frozen mask codec, trainable image encoder, time-conditioned U-Net on ``concat(z_x, z_t)`` (Fig. 1).
+
+    The U-Net's stages are those that nnU-Net planned below the codec's resolution. Only masks pass through the decoder,
+    which can therefore be small; that is where the time of the planned U-Net's finest stages is saved.
+
+    Args:
+        codec: frozen; ``encode(onehot)``, ``decode(latents)``, ``channels``, ``level``, ``stride``.
+        architecture: what nnU-Net planned.
+        image_channels: C.
+        label_space: heads K.
+        image_latents: channels of ``z_x``; ``None``: as many as the masks' (paper).
+        align_level: of the U-Net's encoder, 0 = the latents' resolution.
+        kind, schedule, timesteps, zero_terminal_snr: see :class:`NoiseSchedule` and ``parameterization``.
+        terminal_share: share of the training samples at t = T - 1, from where predictions are made; the others are
+            uniform in t.
+        clip_latents: clamp estimates to [-1, 1], as the authors' code does by default.
+        sampling: of :meth:`forward` in eval mode.
+    """
+
+    def __init__(
+        self,
+        codec: nn.Module,
+        architecture: Architecture,
+        image_channels: int,
+        label_space: LabelSpace,
+        *,
+        image_latents: int | None = None,
+        align_level: int = 1,
+        kind: PredictionKind = "x0",
+        schedule: str = "latent_linear",
+        timesteps: int = 1000,
+        zero_terminal_snr: bool = True,
+        terminal_share: float = 0.25,
+        clip_latents: bool = False,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__(label_space, NoiseSchedule(schedule, timesteps, zero_terminal_snr), sampling, terminal_share)
+        self.kind, self.align_level, self.clip_latents = kind, align_level, clip_latents
+        self.codec = codec.eval().requires_grad_(False)
+        image_latents = image_latents or codec.channels
+        self.encoder = LatentEncoder(architecture, image_channels, image_latents, codec.level)
+        below = architecture.below(codec.level).with_norm(LayerNorm)
+        self.unet = ConditionalUNet(below, image_latents, codec.channels, codec.channels)
+
+    @property
+    def noise_channels(self) -> int:
+        """Channels of the mask latents."""
+        return self.codec.channels
+
+    @property
+    def noise_stride(self) -> tuple[int, ...]:
+        """Of the latents."""
+        return self.codec.stride
+
+    def train(self, mode: bool = True) -> LEAFNet:
+        """The codec stays in eval mode."""
+        super().train(mode)
+        self.codec.eval()
+        return self
+
+    def forward(self, image: Tensor, *, clean: Tensor | None = None) -> Tensor | LEAFOutput:
+        """Logits ``(B, K, *patch)`` in eval mode; in training mode what the losses need.
+
+        Args:
+            image: ``(B, C, *patch)``.
+            clean: one-hot masks ``(B, K, *patch)``, needed in training mode.
+        """
+        if not self.training:
+            return self.label_space.log_probabilities(self.probabilities(image))
+        z0 = self.encode_masks(clean)
+        t = self.random_timesteps(len(image), image.device)
+        noise = torch.randn_like(z0)
+        z_t = self.schedule.add_noise(z0, noise, t)
+        out = self.unet(self.encoder(image), z_t, t)
+        prediction = out.logits.float()
+        wanted = target(self.kind, z0, noise, t, self.schedule)
+        estimate = to_x0(prediction, z_t, t, self.schedule, self.kind)
+        return LEAFOutput(prediction, wanted, estimate, out.encoder[self.align_level])
+
+    @torch.no_grad()
+    def encode_masks(self, clean: Tensor) -> Tensor:
+        """``z_0`` ``(B, k, *latent)`` of one-hot masks ``(B, K, *patch)``."""
+        return self.codec.encode(clean)
+
+    def known(self, image: Tensor) -> Tensor:
+        """``z_x``."""
+        return self.encoder(image)
+
+    def draw_probabilities(self, known: Tensor, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
+        """See :class:`DiffusionNet`."""
+
+        def model(z: Tensor, t: Tensor) -> Tensor:
+            return self.unet(known, z, t).logits
+
+        z0 = draw(model, noise, self.schedule, steps, sampler, seed, kind=self.kind)
+        if self.clip_latents:
+            z0 = z0.clamp(-1, 1)
+        return self.label_space.probabilities(self.codec.decode(z0))
