@@ -9,6 +9,8 @@ from nnunet_diffext.variants import parse_tokens, split_name
 
 TRAINERS: dict[str, str] = {
     "DMEDSegTrainer": "nnunet_diffext.trainers.dmed",
+    "LEAFTrainer": "nnunet_diffext.trainers.leaf",
+    "MaskAutoencoderTrainer": "nnunet_diffext.trainers.autoencoder",
     "PGRDTrainer": "nnunet_diffext.trainers.pgrd",
     "nnUNetTrainer": "nnunet_diffext.trainers.stock",
 }

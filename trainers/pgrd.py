@@ -6,20 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import Tensor, nn
 
-from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_mse
+from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_error
 from nnunet_diffext.networks.pgrd import PGRDNet, PGRDOutput
 from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
-from nnunet_diffext.settings import MethodSettings, SettingsError, setting
+from nnunet_diffext.settings import SettingsError, setting
+from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
 from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGRDSettings(MethodSettings):
+class PGRDSettings(AdamSettings):
     """Settings of :class:`PGRDTrainer`. "Paper" is Mao et al. 2025, arXiv 2509.01330."""
 
     presets = {
@@ -47,11 +46,6 @@ class PGRDSettings(MethodSettings):
             },
         ),
     }  # fmt: skip
-
-    initial_lr: float = setting(1e-3, "initial learning rate of Adam, decayed with power 0.9", number="lr#", minimum=0)
-    weight_decay: float = setting(0.0, "weight decay of Adam", number="wd#", minimum=0)
-    momentum: float = setting(0.9, "beta_1 of Adam", number="momentum#", minimum=0, maximum=0.9999)
-    warmup: int = setting(100, "iterations over which the learning rate rises linearly", number="warmup#", minimum=0)
 
     prior_trainer: str = setting(
         "nnUNetTrainer", "trainer of the prior; the variable nnUNet_diffext_prior names a model folder instead"
@@ -123,7 +117,7 @@ class PGRDSettings(MethodSettings):
             raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
 
 
-class PGRDTrainer(GuidedTrainer):
+class PGRDTrainer(AdamTrainer, GuidedTrainer):
     """Learns what a frozen nnU-Net gets wrong, and how sure it can be: probabilities instead of one answer."""
 
     Settings = PGRDSettings
@@ -182,7 +176,7 @@ class PGRDTrainer(GuidedTrainer):
         clean, valid = self.label_space.encode(batch["target"])
         prior = self.training_prior(batch)
         out: PGRDOutput = self.network(batch["data"], clean=clean, valid=valid, prior=prior)
-        losses = {"velocity": masked_mse(out.prediction, out.target, valid)}
+        losses = {"velocity": masked_error(out.prediction, out.target, valid)}
         if out.heads:
             until = s.dds_until * self.module.schedule.timesteps
             supervised = valid & (out.t <= until).view(-1, *(1,) * (clean.ndim - 1))
@@ -198,24 +192,3 @@ class PGRDTrainer(GuidedTrainer):
             return super().validation_step(batch)
         finally:
             self.module.sampling = sampling
-
-    # ------------------------------------------------------------------ optimisation
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """Adam, as in the paper, with nnU-Net's decay; the prior is no parameter of it."""
-        s = self.settings
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        betas = (s.momentum, 0.999)
-        optimizer = torch.optim.AdamW(parameters, self.initial_lr, betas=betas, weight_decay=s.weight_decay)
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
-
-    def train_step(self, batch: dict) -> dict:
-        """One step; during the warm-up with a smaller learning rate."""
-        factor = min(1.0, (self.global_step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
-        scheduled = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] *= factor
-        try:
-            return super().train_step(batch)
-        finally:
-            for group, lr in zip(self.optimizer.param_groups, scheduled, strict=True):
-                group["lr"] = lr

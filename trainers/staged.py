@@ -124,8 +124,8 @@ def _trainer_class(name: str) -> type:
         return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise ValueError(
-            f"The earlier stage was trained by {name}, which nnU-Net cannot find. Install the package it belongs to, or add "
-            "its folder to nnUNet_extTrainer."
+            f"The earlier stage was trained by {name}, which nnU-Net cannot find. Install the package it belongs to, "
+            "or add its folder to nnUNet_extTrainer."
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,19 @@ def _raw_training_ids(name: str) -> list[str]:
         raise FileNotFoundError(f"{images} does not exist. {missing}")
     ids = get_identifiers_from_splitted_dataset_folder(str(images), dataset_json["file_ending"])
     return sorted(str(i) for i in ids)
+
+
+def foreground_labels(declared: Mapping[str, Any], label_manager: Any) -> dict[str, tuple[int, ...]]:
+    """Name in ``dataset.json`` -> label values, for every foreground label (region), in the order of the heads.
+
+    Args:
+        declared: ``labels`` of dataset.json.
+        label_manager: nnU-Net's.
+    """
+
+    def values(v: Any) -> tuple[int, ...]:
+        return tuple(map(int, v)) if isinstance(v, (tuple, list)) else (int(v),)
+
+    keys = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+    names = {values(v): name for name, v in declared.items()}
+    return {names.get(values(key), str(key)): values(key) for key in keys}

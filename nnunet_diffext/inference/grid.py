@@ -14,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_diffext.data.dataset import foreground_labels
 from nnunet_diffext.diffusion import LabelSpace
 
 
@@ -65,15 +66,9 @@ class ModelPlans:
 
     def foreground(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Name in dataset.json -> label values it consists of, and the index of its probability."""
-        manager = self.labels
-        keys = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        values = [tuple(map(int, k)) if isinstance(k, (tuple, list)) else (int(k),) for k in keys]
-        names = {
-            tuple(map(int, v)) if isinstance(v, (tuple, list)) else (int(v),): name
-            for name, v in self.dataset_json["labels"].items()
-        }
-        offset = 0 if manager.has_regions else 1
-        return {names.get(v, str(v)): (v, index + offset) for index, v in enumerate(values)}
+        offset = 0 if self.labels.has_regions else 1
+        labels = foreground_labels(self.dataset_json["labels"], self.labels)
+        return {name: (values, index + offset) for index, (name, values) in enumerate(labels.items())}
 
 
 def preprocess(

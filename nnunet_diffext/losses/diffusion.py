@@ -11,16 +11,17 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 from nnunet_diffext.losses.segmentation import cross_entropy
 
 
-def masked_mse(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean squared error over annotated voxels (PGRD eq. 8), in fp32; 0 if there is none.
+def masked_error(prediction: Tensor, target: Tensor, valid: Tensor, *, squared: bool = True) -> Tensor:
+    """Mean squared (PGRD eq. 8) or absolute error (LEAF eq. 4) over annotated voxels, in fp32; 0 if there is none.
 
     Args:
         prediction, target: ``(B, K, *)``.
         valid: ``(B, 1, *)``, bool or weights.
     """
     valid = valid.float()
-    squared = (prediction.float() - target.float()).square().mean(1, keepdim=True)
-    return (valid * squared).sum() / valid.sum().clamp_min(1e-5)
+    difference = prediction.float() - target.float()
+    error = (difference.square() if squared else difference.abs()).mean(1, keepdim=True)
+    return (valid * error).sum() / valid.sum().clamp_min(1e-5)
 
 
 def deep_diffusion_supervision(

@@ -16,6 +16,9 @@ from nnunet_diffext.networks.latent import LatentEncoder
 from nnunet_diffext.networks.sampling import Sampling, draw
 from nnunet_diffext.networks.unet import ConditionalUNet
 
+TRUSTED_SIGNAL = 0.1
+"""alpha_t from which on a noise prediction counts fully in losses on the estimate, which it enters divided by alpha_t."""
+
 
 class LEAFOutput(NamedTuple):
     """What the losses need.
@@ -23,12 +26,14 @@ class LEAFOutput(NamedTuple):
     Attributes:
         prediction, target: what the network predicted and should have, ``(B, k, *latent)``, float32.
         estimate: the clean latent that the prediction stands for.
+        trust: ``(B, 1, 1, ...)`` in (0, 1], small where predicted noise says next to nothing about the clean latent.
         features: of the U-Net's encoder level that is aligned, ``(B, C, *level)``.
     """
 
     prediction: Tensor
     target: Tensor
     estimate: Tensor
+    trust: Tensor
     features: Tensor
 
 
@@ -39,12 +44,13 @@ class LEAFNet(DiffusionNet):
     which can therefore be small; that is where the time of the planned U-Net's finest stages is saved.
 
     Args:
-        codec: frozen; ``encode(onehot)``, ``decode(latents)``, ``channels``, ``level``, ``stride``.
+        codec: frozen; ``encode(onehot)``, ``decode(latents)``, ``channels``, ``level``, ``stride``. One that has
+            ``image_encoder()`` brings the image encoder along (paper: a trainable copy of its own).
         architecture: what nnU-Net planned.
         image_channels: C.
         label_space: heads K.
         image_latents: channels of ``z_x``; ``None``: as many as the masks' (paper).
-        align_level: of the U-Net's encoder, 0 = the latents' resolution.
+        align_level: of the U-Net's encoder, 0 = the latents' resolution; at most its deepest level.
         kind, schedule, timesteps, zero_terminal_snr: see :class:`NoiseSchedule` and ``parameterization``.
         terminal_share: share of the training samples at t = T - 1, from where predictions are made; the others are
             uniform in t.
@@ -70,11 +76,16 @@ class LEAFNet(DiffusionNet):
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(label_space, NoiseSchedule(schedule, timesteps, zero_terminal_snr), sampling, terminal_share)
-        self.kind, self.align_level, self.clip_latents = kind, align_level, clip_latents
+        self.kind, self.clip_latents = kind, clip_latents
         self.codec = codec.eval().requires_grad_(False)
-        image_latents = image_latents or codec.channels
-        self.encoder = LatentEncoder(architecture, image_channels, image_latents, codec.level)
+        if hasattr(codec, "image_encoder"):
+            image_latents, self.encoder = codec.channels, codec.image_encoder()
+        else:
+            image_latents = image_latents or codec.channels
+            self.encoder = LatentEncoder(architecture, image_channels, image_latents, codec.level)
         below = architecture.below(codec.level).with_norm(LayerNorm)
+        self.align_level = min(align_level, len(below.features) - 1)
+        self.align_channels = below.features[self.align_level]
         self.unet = ConditionalUNet(below, image_latents, codec.channels, codec.channels)
 
     @property
@@ -86,6 +97,14 @@ class LEAFNet(DiffusionNet):
     def noise_stride(self) -> tuple[int, ...]:
         """Of the latents."""
         return self.codec.stride
+
+    @torch.no_grad()
+    def start_from_codec(self) -> int:
+        """Copy the codec's encoder into the image encoder where names and shapes agree; how many tensors did."""
+        here, there = self.encoder.state_dict(), self.codec.encoder.state_dict()
+        same = {k: v for k, v in there.items() if k in here and here[k].shape == v.shape}
+        self.encoder.load_state_dict(same, strict=False)
+        return len(same)
 
     def train(self, mode: bool = True) -> LEAFNet:
         """The codec stays in eval mode."""
@@ -108,9 +127,11 @@ class LEAFNet(DiffusionNet):
         z_t = self.schedule.add_noise(z0, noise, t)
         out = self.unet(self.encoder(image), z_t, t)
         prediction = out.logits.float()
+        alpha, _ = self.schedule.marginal(t, image.ndim)
         wanted = target(self.kind, z0, noise, t, self.schedule)
         estimate = to_x0(prediction, z_t, t, self.schedule, self.kind)
-        return LEAFOutput(prediction, wanted, estimate, out.encoder[self.align_level])
+        trust = (alpha / TRUSTED_SIGNAL).square().clamp(max=1) if self.kind == "eps" else torch.ones_like(alpha)
+        return LEAFOutput(prediction, wanted, estimate, trust, out.encoder[self.align_level])
 
     @torch.no_grad()
     def encode_masks(self, clean: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class MaskAutoencoder(nn.Module):
         label_space: heads K.
         stride: at most so many voxels per latent in every axis; the stage follows from the planned strides.
         channels: k, of the latents.
-        width: channels of encoder and decoder, relative to the plan.
+        width: channels of the decoder, relative to the plan; it has one convolution per stage. The encoder is the
+            planned one, so that an image encoder can start from its weights.
         noise: in training, the decoder sees latents with noise of this standard deviation, relative to theirs. What is
             decoded later are estimates.
     """
@@ -44,12 +45,12 @@ class MaskAutoencoder(nn.Module):
         noise: float = 0.2,
     ) -> None:
         super().__init__()
-        plan = architecture.with_norm(LayerNorm).lighter(width, convolutions=1)
+        plan = architecture.with_norm(LayerNorm)
         self.label_space, self.noise = label_space, noise
         self.level = architecture.level_within(stride)
         self.channels, self.stride = channels, architecture.stride_of(self.level)
         self.encoder = LatentEncoder(plan, label_space.num_heads, channels, self.level)
-        self.decoder = LatentDecoder(plan, channels, label_space.num_heads, self.level)
+        self.decoder = LatentDecoder(plan.lighter(width), channels, label_space.num_heads, self.level)
         self.scale = LatentScale(channels)
 
     def encode(self, onehot: Tensor) -> Tensor:
@@ -60,23 +61,22 @@ class MaskAutoencoder(nn.Module):
         """Standardised latents -> logits ``(B, K, *patch)``."""
         return self.decoder(self.scale.restore(latents))
 
-    def forward(self, image: Tensor | None = None, *, clean: Tensor | None = None) -> AutoencoderOutput | NoReturn:
-        """Reconstruct masks.
+    def forward(self, masks: Tensor) -> Tensor | AutoencoderOutput:
+        """Reconstruct masks: logits ``(B, K, *patch)`` in eval mode, in training mode what the losses need.
 
         Args:
-            image: not used; nnU-Net's predictor gives nothing else.
-            clean: one-hot ``(B, K, *patch)``.
+            masks: one-hot, bool ``(B, K, *patch)``.
         Raises:
-            NotImplementedError: without masks.
+            NotImplementedError: for anything but bool, such as an image.
         """
-        if clean is None:
+        if masks.dtype is not torch.bool:
             raise NotImplementedError(
                 "A mask autoencoder reconstructs masks and cannot segment an image. Train a method that builds on it, "
                 "for example -tr LEAFTrainer, and predict with that."
             )
-        latents = self.encoder(clean)
-        noisy = latents
-        if self.training:
-            self.scale.update(latents)
-            noisy = latents + self.noise * self.scale.std(latents.ndim) * torch.randn_like(latents)
-        return AutoencoderOutput(self.decoder(noisy), latents)
+        latents = self.encoder(masks.float())
+        if not self.training:
+            return self.decoder(latents)
+        self.scale.update(latents)
+        noise = self.noise * self.scale.std(latents.ndim) * torch.randn_like(latents)
+        return AutoencoderOutput(self.decoder(latents + noise), latents)

@@ -10,7 +10,7 @@ from tiny import Kind, dice, make_architecture, ready_trainer
 from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import LabelSpace
-from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_mse
+from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_error
 from nnunet_diffext.networks.pgrd import PGRDNet
 
 SQUARE = Kind((16, 16), ((1, 1), (2, 2), (2, 2)), features=(16, 16, 16))
@@ -75,7 +75,7 @@ def trained() -> PGRDNet:
         batch = cases(24, generator)
         clean = torch.cat([1 - batch.mask, batch.mask], dim=1)
         out = net(batch.image, clean=clean)
-        loss = masked_mse(out.prediction, out.target, everywhere)
+        loss = masked_error(out.prediction, out.target, everywhere)
         loss = loss + 0.1 * deep_diffusion_supervision(out.heads, clean, everywhere)
         optimizer.zero_grad()
         loss.backward()

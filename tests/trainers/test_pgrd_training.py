@@ -12,7 +12,7 @@ from tiny import Kind, make_batch, make_trainer, parameters_of
 from tiny_prior import save_prior
 from torch import nn
 
-from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_mse
+from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_error
 from nnunet_diffext.settings import SettingsError
 from nnunet_diffext.trainers import find_trainer
 from nnunet_diffext.trainers.pgrd import PGRDSettings
@@ -84,7 +84,7 @@ def test_nothing_is_learned_from_ignored_voxels() -> None:
         torch.manual_seed(3)
         clean, valid = trainer.label_space.encode(batch["target"])
         out = trainer.network(batch["data"], clean=torch.where(valid, clean, images), valid=valid)
-        loss = masked_mse(out.prediction, out.target, valid) + deep_diffusion_supervision(out.heads, clean, valid)
+        loss = masked_error(out.prediction, out.target, valid) + deep_diffusion_supervision(out.heads, clean, valid)
         loss.backward()
         gradients.append({n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.requires_grad})
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
@@ -108,8 +108,8 @@ def test_losses_by_hand() -> None:
     prediction, target = torch.zeros(1, 2, 2, 2), torch.ones(1, 2, 2, 2)
     target[0, :, 0, 0] = 3.0
     valid = torch.tensor([[1, 1], [0, 1]]).view(1, 1, 2, 2).bool()
-    assert float(masked_mse(prediction, target, valid)) == pytest.approx((9 + 1 + 1) / 3)
-    assert float(masked_mse(prediction, target, torch.zeros_like(valid))) == 0
+    assert float(masked_error(prediction, target, valid)) == pytest.approx((9 + 1 + 1) / 3)
+    assert float(masked_error(prediction, target, torch.zeros_like(valid))) == 0
     clean = torch.zeros(1, 2, 2, 2)
     clean[0, 0] = 1
     clean[0, :, 0, 0] = torch.tensor([0.0, 1.0])

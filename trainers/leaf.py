@@ -1,0 +1,274 @@
+"""LEAF (Huang et al., MICCAI 2025): latent diffusion in one step, features distilled from a vision transformer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_diffext.diffusion import LabelSpace
+from nnunet_diffext.losses.alignment import axial_slices, feature_alignment
+from nnunet_diffext.losses.diffusion import masked_error
+from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.networks.blocks.projector import PROJECTORS, Projector
+from nnunet_diffext.networks.kl_codec import KLCodec
+from nnunet_diffext.networks.leaf import LEAFNet, LEAFOutput
+from nnunet_diffext.networks.sampling import Sampling
+from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
+from nnunet_diffext.pretrained.vision import PatchTeacher, load_teacher, teacher_images
+from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
+from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
+from nnunet_diffext.trainers.latent import LatentTrainer
+from nnunet_diffext.trainers.staged import build_network_of
+
+KL8 = "stabilityai/sd-vae-ft-mse"
+"""The autoencoder of latent diffusion with stride 8 and 4 channels (Rombach et al. 2022)."""
+CODEC_VARIABLE = "nnUNet_diffext_codec"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LEAFSettings(AdamSettings):
+    """Settings of :class:`LEAFTrainer`. "Paper" is Huang et al., MICCAI 2025."""
+
+    presets = {
+        "eps": (
+            "the U-Net predicts the noise (Table 2), which rules out zero terminal SNR",
+            {"kind": "eps", "zero_terminal_snr": False},
+        ),
+        "paper": (
+            "the paper's recipe: learning rate 4e-5, constant; uniform t; latents of image and mask of the same width",
+            {
+                "initial_lr": 4e-5, "constant_lr": True, "weight_decay": 0.01, "terminal_share": 0.0,
+                "zero_terminal_snr": False, "image_latents": 0, "lambda_seg": 0.0,
+            },
+        ),
+    }  # fmt: skip
+
+    codec: str = setting(
+        "masks", "'masks': a MaskAutoencoder trained before; 'kl8': a pretrained image autoencoder of diffusers, "
+        "classes as colours, 2D only (nnUNet_diffext_codec: hub id or folder)",
+        choices=("masks", "kl8"), switches={"kl8": "kl8"},
+    )  # fmt: skip
+    codec_config: dict | None = setting(None, "architecture of a pretrained codec, filled in when it is loaded")
+    codec_trainer: str = setting(
+        "MaskAutoencoderTrainer", "trainer of the codec; the variable nnUNet_diffext_codec names a model folder instead"
+    )
+    least_reconstruction: float = setting(
+        0.95, "Dice that the codec must reach for every label on training patches", number="preflight#",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    kind: str = setting("x0", "what the U-Net predicts (section 2.1)", choices=("x0", "v", "eps"), switches={"v": "v"})
+    schedule: str = setting(
+        "latent_linear", "noise schedule; latent_linear is that of the authors' code",
+        choices=("latent_linear", "scaled_linear", "linear", "cosine"), switches={"cosine": "cosine"},
+    )  # fmt: skip
+    timesteps: int = setting(1000, "T, length of the schedule", number="T#", minimum=2)
+    zero_terminal_snr: bool = setting(True, "rescale the schedule to end in pure noise", switches={"noZeroSNR": False})
+    terminal_share: float = setting(
+        0.25, "share of the training samples at t = T, from where predictions are made", number="terminal#",
+        switches={"TOnly": 1.0}, minimum=0, maximum=1,
+    )  # fmt: skip
+    squared: bool = setting(False, "squared error on the latents instead of eq. 4's L1", switches={"l2": True})
+    lambda_seg: float = setting(
+        1.0, "weight of Dice + CE on the decoded estimate; 0 in the paper", number="seg#", minimum=0
+    )
+    image_latents: int = setting(
+        32, "channels of the image's latents; 0: as many as the masks' (paper)", number="imageLatents#", minimum=0
+    )
+    clip_latents: bool = setting(
+        False, "clamp estimates to [-1, 1], as the authors' code does", switches={"clipLatents": True}
+    )
+    from_codec: bool = setting(
+        True, "start the image encoder from the codec's weights, where shapes agree", switches={"scratchEncoder": False}
+    )
+
+    lambda_align: float = setting(
+        0.5, "weight of feature alignment per token (eq. 5, 6; Table 3, with its lambda divided by the batch size 4)",
+        number="align#", switches={"noAlign": 0.0}, minimum=0,
+    )  # fmt: skip
+    align_level: int = setting(
+        1, "level of the U-Net's encoder that is aligned, 0 = the latents' resolution", number="alignLevel#", minimum=0
+    )
+    align_until: float = setting(
+        1.0, "share of the training after which alignment stops", number="alignUntil#", minimum=0, maximum=1
+    )
+    align_slices: int = setting(
+        2, "in 3D: axial slices per volume and step that the teacher sees", number="alignSlices#", minimum=1
+    )
+    teacher: str = setting(
+        "vit_small_patch14_reg4_dinov2.lvd142m", "timm name of the teacher; nnUNet_diffext_teacher names local weights",
+        switches={"vitb": "vit_base_patch14_reg4_dinov2.lvd142m"},
+    )  # fmt: skip
+    projector: str = setting("mlp", "phi of eq. 5", choices=PROJECTORS, switches={"convProjector": "conv"})
+    ema_decay: float = setting(
+        0.999, "decay of the average of all weights, which is the result; 0: none", number="ema#",
+        switches={"noEMA": 0.0}, minimum=0, maximum=1,
+    )  # fmt: skip
+
+    samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
+    steps: int = setting(1, "U-Net evaluations per sample", number="#steps", minimum=1)
+    noise_seed: int = setting(0, "seed of the noise at prediction (Table 4)", number="noise#", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "eps" and self.zero_terminal_snr:
+            raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
+        if self.steps > self.timesteps:
+            raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
+
+
+class LEAFTrainer(AdamTrainer, LatentTrainer):
+    """Predicts the latent of the mask in one step; its features imitate a vision transformer's in training."""
+
+    Settings = LEAFSettings
+    base_name = "LEAFTrainer"
+    reference = (
+        "Huang, Q., Lin, T., Chen, Z., Zheng, F. (2025). LEAF: Latent Diffusion with Efficient Encoder Distillation "
+        "for Aligned Features in Medical Image Segmentation. MICCAI 2025."
+    )
+    vision: PatchTeacher | None = None
+    projector: nn.Module | None = None
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """:class:`LEAFNet` with its codec, from the plans alone, the same in training and at prediction."""
+        s, label_space, architecture = LEAFTrainer.read_plans(plans_manager, configuration_manager)
+        arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
+        if s.codec == "kl8":
+            codec = kl_codec(s.codec_config, architecture, label_space)
+        else:
+            codec = build_network_of(s.codec_trainer, *arguments)
+        return LEAFNet(
+            codec,
+            architecture,
+            num_input_channels,
+            label_space,
+            image_latents=s.image_latents or None,
+            align_level=s.align_level,
+            kind=s.kind,
+            schedule=s.schedule,
+            timesteps=s.timesteps,
+            zero_terminal_snr=s.zero_terminal_snr,
+            terminal_share=s.terminal_share,
+            clip_latents=s.clip_latents,
+            sampling=Sampling(samples=s.samples if s.steps > 1 else 1, steps=s.steps, seed=s.noise_seed),
+        )
+
+    # ------------------------------------------------------------------ the teacher, outside the network
+    @property
+    def aligns(self) -> bool:
+        """Whether features are aligned in this step."""
+        return self.projector is not None and self.progress < self.settings.align_until
+
+    def initialize(self) -> None:
+        """Load the teacher before any work is done."""
+        s = self.settings
+        fresh = not self.was_initialized
+        if fresh and s.lambda_align > 0:
+            self.vision = load_teacher(s.teacher).to(self.device)
+        pretrained = self._find_autoencoder() if fresh and s.codec == "kl8" else None
+        super().initialize()
+        if pretrained is not None:
+            self.module.codec.autoencoder.load_state_dict(pretrained.state_dict())
+        if fresh and s.from_codec:
+            count = self.module.start_from_codec()
+            self.print_to_log_file(f"The image encoder starts with {count} tensors of the codec's encoder.")
+
+    @property
+    def builds_on_stage(self) -> bool:
+        """Not with a pretrained autoencoder."""
+        return self.settings.codec == "masks"
+
+    def _find_autoencoder(self) -> nn.Module | None:
+        """The pretrained autoencoder; ``None`` where a checkpoint that is continued holds it."""
+        blocks = self._recorded_blocks() if self._continues else None
+        config = None if blocks is None else blocks[self.base_name]["codec_config"]
+        autoencoder = None
+        if config is None:
+            autoencoder, config = load_autoencoder(os.environ.get(CODEC_VARIABLE) or KL8)
+        self.settings = replace(self.settings, codec_config=config)
+        self.plans_manager.plans[PLANS_KEY][self.base_name]["codec_config"] = config
+        return autoencoder
+
+    def trainable(self) -> Iterable[nn.Parameter]:
+        """The network's, and those of the projector."""
+        if self.vision is None:
+            return super().trainable()
+        projector = Projector(self.module.align_channels, self.vision.channels, self.settings.projector)
+        self.projector = projector.to(self.device)
+        if self.is_ddp:
+            self.projector = DistributedDataParallel(self.projector)
+        return chain(super().trainable(), self.projector.parameters())
+
+    def extra_checkpoint(self) -> dict[str, Any]:
+        """Also the projector."""
+        extra = super().extra_checkpoint()
+        return extra if self.projector is None else {**extra, "diffext_projector": self.projector.state_dict()}
+
+    def restore_extra(self, checkpoint: Mapping[str, Any]) -> None:
+        """Also the projector."""
+        super().restore_extra(checkpoint)
+        if self.projector is not None and "diffext_projector" in checkpoint:
+            self.projector.load_state_dict(checkpoint["diffext_projector"])
+
+    # ------------------------------------------------------------------ losses
+    def loss_weights(self) -> Mapping[str, float]:
+        """Eq. 6, and the weight of the decoded loss."""
+        return {"align": self.settings.lambda_align, "sup": self.settings.lambda_seg}
+
+    def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``latent`` (eq. 4), ``align`` (eq. 5), ``sup``: Dice + CE of the decoded estimate."""
+        clean, valid = self.label_space.encode(batch["target"])
+        out: LEAFOutput = self.network(batch["data"], clean=clean)
+        pool = adaptive_avg_pool3d if clean.ndim == 5 else adaptive_avg_pool2d
+        annotated = pool(valid.float(), out.target.shape[2:])
+        losses = {"latent": masked_error(out.prediction, out.target, annotated, squared=self.settings.squared)}
+        if self.settings.lambda_seg > 0:
+            losses["sup"] = self.segmentation_loss(self.module.codec.decode(out.estimate), clean, valid * out.trust)
+        if self.aligns:
+            losses["align"] = self.alignment(batch["data"], out.features)
+        return losses
+
+    def alignment(self, image: Tensor, features: Tensor) -> Tensor:
+        """Eq. 5 on axial slices, with the teacher's tokens on the grid of the features."""
+        image, features = axial_slices(image, features, self.settings.align_slices)
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            tokens = self.vision(teacher_images(image.float(), features.shape[2:], self.vision.patch))
+        return feature_alignment(self.projector(features), tokens)
+
+
+def kl_codec(config: Mapping[str, Any] | None, architecture: Architecture, label_space: LabelSpace) -> KLCodec:
+    """The codec around an autoencoder of this configuration; its weights come from a checkpoint.
+
+    Raises:
+        ValueError: the plan is not 2D, or has no stage at the autoencoder's resolution.
+    """
+    if config is None:
+        raise ValueError("The plans hold no 'codec_config': no LEAFTrainer_kl8 training wrote them.")
+    if architecture.dim != 2:
+        raise ValueError("Token 'kl8': the autoencoder is for 2D images. Use the 2d configuration, or leave 'kl8' out.")
+    stride = 2 ** (len(config["block_out_channels"]) - 1)
+    level = architecture.level_within(stride)
+    if architecture.stride_of(level) != (stride, stride):
+        raise ValueError(
+            f"Token 'kl8': the autoencoder has stride {stride}, but no stage above the deepest of this plan has: their "
+            f"strides are {[architecture.stride_of(i) for i in range(len(architecture.strides))]}. Leave 'kl8' out, or "
+            "plan with larger patches."
+        )
+    return KLCodec(
+        autoencoder_from_config(config), label_space, channels=config["latent_channels"], stride=(stride, stride),
+        level=level,
+    )  # fmt: skip
