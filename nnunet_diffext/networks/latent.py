@@ -7,6 +7,7 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Sta
 from torch import Tensor, nn
 
 from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.networks.blocks.attention import SelfAttention
 
 
 class LatentEncoder(nn.Module):
@@ -17,21 +18,36 @@ class LatentEncoder(nn.Module):
         input_channels: C.
         channels: of the latents.
         level: the last stage.
+        attentive: so many of the last stages end with self-attention.
     """
 
-    def __init__(self, architecture: Architecture, input_channels: int, channels: int, level: int) -> None:
+    def __init__(
+        self, architecture: Architecture, input_channels: int, channels: int, level: int, attentive: int = 0
+    ) -> None:
         super().__init__()
         net = architecture.build(input_channels, 2)
         self.stem = getattr(net.encoder, "stem", None) or nn.Identity()
         self.stages = nn.ModuleList(net.encoder.stages[: level + 1])
+        self.attention = nn.ModuleDict(
+            {
+                str(i): SelfAttention(architecture.conv_op, architecture.features[i])
+                for i in range(max(0, level + 1 - attentive), level + 1)
+            }
+        )
         self.to_latent = architecture.conv_op(architecture.features[level], channels, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Of the last stage, before the projection."""
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if str(i) in self.attention:
+                x = self.attention[str(i)](x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.to_latent(x)
+        return self.to_latent(self.features(x))
 
 
 class LatentDecoder(nn.Module):

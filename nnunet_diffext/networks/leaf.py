@@ -17,7 +17,7 @@ from nnunet_diffext.networks.sampling import Sampling, draw
 from nnunet_diffext.networks.unet import ConditionalUNet
 
 TRUSTED_SIGNAL = 0.1
-"""alpha_t from which on a noise prediction counts fully in losses on the estimate, which it enters divided by alpha_t."""
+"""alpha_t from which on predicted noise counts fully in losses on the estimate, which it enters divided by alpha_t."""
 
 
 class LEAFOutput(NamedTuple):

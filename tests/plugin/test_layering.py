@@ -18,7 +18,7 @@ LAYERS = (
     {"diffusion"},
     {"networks"},
     {"losses"},
-    {"data", "stages", "checkpoints"},
+    {"data", "stages", "checkpoints", "pretrained"},
     {"inference", "evaluation"},
     {"trainers", "planners"},
     {"demo", "report"},
