@@ -12,6 +12,7 @@ TRAINERS: dict[str, str] = {
     "LEAFTrainer": "nnunet_diffext.trainers.leaf",
     "MaskAutoencoderTrainer": "nnunet_diffext.trainers.autoencoder",
     "PGRDTrainer": "nnunet_diffext.trainers.pgrd",
+    "TextDiffSegTrainer": "nnunet_diffext.trainers.textdiffseg",
     "nnUNetTrainer": "nnunet_diffext.trainers.stock",
 }
 """Base trainer name -> module. A module is imported only when one of its trainers is asked for."""

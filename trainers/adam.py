@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,9 +22,24 @@ class AdamSettings(MethodSettings):
     weight_decay: float = setting(0.0, "weight decay of AdamW", number="wd#", minimum=0)
     momentum: float = setting(0.9, "beta_1 of AdamW", number="momentum#", minimum=0, maximum=0.9999)
     warmup: int = setting(100, "iterations over which the learning rate rises linearly", number="warmup#", minimum=0)
-    constant_lr: bool = setting(
-        False, "keep the learning rate after the warm-up, or decay it as nnU-Net does", switches={"constantLR": True}
-    )
+    lr_decay: str = setting(
+        "poly", "what becomes of the learning rate after the warm-up; 'poly' as in nnU-Net",
+        choices=("poly", "cosine", "constant"), switches={"cosineLR": "cosine", "constantLR": "constant"},
+    )  # fmt: skip
+
+
+class CosineLRScheduler(PolyLRScheduler):
+    """Half a cosine from the initial learning rate to zero, one step per epoch."""
+
+    def step(self, current_step: int | None = None) -> None:
+        """Set the learning rate of an epoch (default: the next one)."""
+        if current_step is None or current_step == -1:
+            current_step = self.ctr
+            self.ctr += 1
+        rate = self.initial_lr * (1 + math.cos(math.pi * current_step / self.max_steps)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 class AdamTrainer(DiffextTrainer):
@@ -34,12 +50,14 @@ class AdamTrainer(DiffextTrainer):
         return (p for p in self.network.parameters() if p.requires_grad)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """AdamW with nnU-Net's decay, or a constant rate."""
+        """AdamW, with nnU-Net's decay or another."""
         s = self.settings
         betas = (s.momentum, 0.999)
         optimizer = torch.optim.AdamW(self.trainable(), self.initial_lr, betas=betas, weight_decay=s.weight_decay)
-        power = 0.0 if s.constant_lr else 0.9
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, power)
+        if s.lr_decay == "cosine":
+            return optimizer, CosineLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        exponent = 0.0 if s.lr_decay == "constant" else 0.9
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent)
 
     def train_step(self, batch: dict) -> dict:
         """One step; during the warm-up with a smaller learning rate."""

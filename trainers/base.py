@@ -94,11 +94,14 @@ class DiffextTrainer(ConfiguredTrainer):
         onehot, valid = self.label_space.encode(target)
         return self.segmentation_loss(logits, onehot, valid)
 
-    def segmentation_loss(self, logits: Tensor, onehot: Tensor, weight: Tensor, pool: bool = False) -> Tensor:
+    def segmentation_loss(
+        self, logits: Tensor, onehot: Tensor, weight: Tensor, pool: bool = False, dice_weight: float = 1.0
+    ) -> Tensor:
         """``L_seg``; arguments as :func:`dice_ce_loss`. Dice is pooled over the batch if planned so, or if ``pool``."""
         return dice_ce_loss(
             logits, onehot, weight,
             regions=self.label_space.regions, batch_dice=self.configuration_manager.batch_dice or pool,
+            dice_weight=dice_weight,
         )  # fmt: skip
 
     @property

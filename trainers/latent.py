@@ -27,11 +27,16 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
     def on_train_start(self) -> None:
         """nnU-Net's, then the check that costs no training time yet."""
         super().on_train_start()
-        if self.current_epoch == 0:
+        if self.current_epoch == 0 and self.codec_is_frozen:
             self.load_stage_weights()  # -pretrained_weights may have overwritten a part of them
             self.preflight()
             if self.teacher is not None:
                 self.start_teacher()  # the statistics of the latents may have been measured just now
+
+    @property
+    def codec_is_frozen(self) -> bool:
+        """Whether the codec stays as it was found."""
+        return True
 
     def preflight(self) -> None:
         """Reconstruct the labels of training patches.

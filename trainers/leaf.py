@@ -45,7 +45,7 @@ class LEAFSettings(AdamSettings):
         "paper": (
             "the paper's recipe: learning rate 4e-5, constant; uniform t; latents of image and mask of the same width",
             {
-                "initial_lr": 4e-5, "constant_lr": True, "weight_decay": 0.01, "terminal_share": 0.0,
+                "initial_lr": 4e-5, "lr_decay": "constant", "weight_decay": 0.01, "terminal_share": 0.0,
                 "zero_terminal_snr": False, "image_latents": 0, "lambda_seg": 0.0,
             },
         ),

@@ -26,7 +26,11 @@ class ReconstructionDice:
     @torch.no_grad()
     def add(self, onehot: Tensor, valid: Tensor) -> None:
         """One batch: masks ``(B, K, *patch)``, annotated voxels ``(B, 1, *patch)``."""
-        logits = self.codec.decode(self.codec.encode(onehot))
+        self.count(self.codec.decode(self.codec.encode(onehot)), onehot, valid)
+
+    @torch.no_grad()
+    def count(self, logits: Tensor, onehot: Tensor, valid: Tensor) -> None:
+        """The same for masks that were reconstructed already, as logits ``(B, K, *patch)``."""
         hard = self.space.harden(self.space.probabilities(logits)) * valid
         axes = (0, *range(2, onehot.ndim))
         both, either = (hard * onehot).sum(axes), (hard + onehot * valid).sum(axes)

@@ -56,18 +56,25 @@ def soft_dice_loss(
 
 
 def dice_ce_loss(
-    logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False, batch_dice: bool = False
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    regions: bool = False,
+    batch_dice: bool = False,
+    dice_weight: float = 1.0,
 ) -> Tensor:
-    """``L_seg``: Dice plus cross-entropy, 1:1 (DMED-Seg section 4.2), computed in fp32. 0 if no voxel has weight.
+    """``L_seg``: cross-entropy plus Dice, computed in fp32 (DMED-Seg section 4.2). 0 if no voxel has weight.
 
     Args:
         logits: ``(B, K, *)``.
         target: ``(B, K, *)``; weight: ``(B, 1, *)``.
         regions: sigmoid heads, all of them foreground.
         batch_dice: see :func:`soft_dice_loss`.
+        dice_weight: of the Dice loss (TextDiffSeg eq. 4: gamma).
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, target, weight = logits.float(), target.float(), weight.float()
         probabilities = torch.sigmoid(logits) if regions else torch.softmax(logits, dim=1)
         dice = soft_dice_loss(probabilities, target, weight, skip_background=not regions, batch_dice=batch_dice)
-        return dice + cross_entropy(logits, target, weight, regions=regions)
+        return dice_weight * dice + cross_entropy(logits, target, weight, regions=regions)
