@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from nnunet_diffext.diffusion import seeded_noise
 from nnunet_diffext.networks.sampling import Sampling
 
+FEW_STEPS = 10
+"""Steps of the samples that are asked of a network whose own prediction is a single step."""
+
 
 def resolve_sampling(
     network: nn.Module,
@@ -34,8 +37,11 @@ def resolve_sampling(
 ) -> Sampling:
     """What the user asked for, completed by the network's own defaults (``None``).
 
+    A network that draws no samples by default predicts the mean of all of them in one step. It is asked for samples of
+    :data:`FEW_STEPS` steps, because one step gives the same answer for every noise.
+
     Raises:
-        ValueError: a value out of range, or samples asked of a network that cannot sample.
+        ValueError: a value out of range, several samples of one step, or samples asked of a network that cannot sample.
     """
     if not hasattr(network, "sample"):
         if samples or steps is not None or sampler is not None:
@@ -44,23 +50,29 @@ def resolve_sampling(
                 "-steps and -sampler; mirroring and several folds still give an ensemble."
             )
         return Sampling(samples=0, seed=seed)
-    if samples is None:
-        samples = getattr(network, "default_samples", 1)
-        if steps is not None or sampler is not None:  # which the deterministic forward would ignore
-            samples = max(1, samples)
-    elif not samples and (steps is not None or sampler is not None):
+    if samples == 0 and (steps is not None or sampler is not None):
         raise ValueError("-samples 0 is the deterministic prediction: leave out -steps and -sampler.")
-    chosen = Sampling(
-        samples=samples,
-        steps=getattr(network, "default_steps", 1) if steps is None else steps,
-        sampler=getattr(network, "default_sampler", "ddim") if sampler is None else sampler,
-        seed=seed,
-    )
-    if chosen.samples < 0 or chosen.steps < 1:
+    if steps == 1 and samples is not None and samples > 1:
         raise ValueError(
-            f"-samples must be 0 or more and -steps 1 or more; got {chosen.samples} samples of {chosen.steps} steps."
+            f"-steps 1 gives the same answer for every sample, so {samples} samples would agree whatever the model "
+            f"does not know. Leave out -samples, or draw them in more steps: -steps {FEW_STEPS}."
         )
-    return chosen
+    default = getattr(network, "default_samples", 1)
+    if samples is None:
+        samples = default
+        if steps is not None or sampler is not None:  # which the deterministic forward would ignore
+            samples = 1 if steps == 1 else max(1, default)
+    longest = getattr(getattr(network, "schedule", None), "timesteps", None)
+    if steps is None:
+        steps = getattr(network, "default_steps", 1)
+        if samples and not default:
+            steps = min(max(steps, FEW_STEPS), longest or FEW_STEPS)
+    sampler = getattr(network, "default_sampler", "ddim") if sampler is None else sampler
+    if samples < 0 or steps < 1:
+        raise ValueError(f"-samples must be 0 or more and -steps 1 or more; got {samples} samples of {steps} steps.")
+    if longest is not None and steps > longest:
+        raise ValueError(f"-steps must be at most {longest}, the length of the model's noise schedule; got {steps}.")
+    return Sampling(samples=samples, steps=steps, sampler=sampler, seed=seed)
 
 
 def mirror_combinations(axes: Sequence[int] | None) -> list[tuple[int, ...]]:
@@ -76,7 +88,8 @@ def mirror_combinations(axes: Sequence[int] | None) -> list[tuple[int, ...]]:
 class NoiseFields:
     """One standard normal field ``(1, K, *volume)`` per sample over the padded volume: overlapping tiles agree.
 
-    Each is drawn whole by :func:`seeded_noise` and kept in a temporary file, so M fields do not occupy memory.
+    Each is drawn whole by :func:`seeded_noise` and kept in a temporary file: memory holds one at a time, while it is
+    drawn, and not M of them.
 
     Args:
         channels: K.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,26 @@ def test_settings_come_from_the_network_unless_given() -> None:
     assert resolve_sampling(network).samples == 0
     assert resolve_sampling(network, steps=9) == Sampling(samples=1, steps=9, sampler="dpm++")
     assert resolve_sampling(torch.nn.Identity()).samples == 0
+    assert resolve_sampling(Recorder(), steps=1).samples == 1, "one step gives the same answer for all four"
+
+
+class OneStep(Recorder):
+    """As the diffusion networks are by default: the mean of all samples in one step."""
+
+    default_samples, default_steps = 0, 1
+
+    def __init__(self, timesteps: int = 1000) -> None:
+        super().__init__()
+        self.schedule = SimpleNamespace(timesteps=timesteps)
+
+
+def test_samples_of_a_one_step_model_get_several_steps() -> None:
+    assert resolve_sampling(OneStep()).samples == 0
+    assert resolve_sampling(OneStep(), 4) == Sampling(samples=4, steps=10, sampler="dpm++")
+    assert resolve_sampling(OneStep(), sampler="ddpm") == Sampling(samples=1, steps=10, sampler="ddpm")
+    assert resolve_sampling(OneStep(), 4, 30).steps == 30
+    assert resolve_sampling(OneStep(), 1, 1) == Sampling(samples=1, steps=1, sampler="dpm++")
+    assert resolve_sampling(OneStep(timesteps=4), 2).steps == 4
 
 
 @pytest.mark.parametrize(
@@ -92,6 +113,9 @@ def test_settings_come_from_the_network_unless_given() -> None:
         (Recorder(), {"samples": -1}, "0 or more"),
         (Recorder(), {"steps": 0}, "1 or more"),
         (Recorder(), {"samples": 0, "steps": 5}, "leave out -steps"),
+        (Recorder(), {"samples": 3, "steps": 1}, "-steps 1 gives the same answer for every sample.*-steps 10"),
+        (OneStep(), {"samples": 3, "steps": 1}, "Leave out -samples, or"),
+        (OneStep(), {"samples": 2, "steps": 2000}, "-steps must be at most 1000.*got 2000"),
     ],
 )
 def test_settings_that_cannot_work(network: torch.nn.Module, arguments: dict, message: str) -> None:
