@@ -24,6 +24,10 @@ from nnunet_diffext.inference.quality import QualityTable, Scores
 
 _ONLY_WARN = ("differ in origin", "differ in direction", "differ in affine", "holds nothing but zeros")
 """Problems of images that nnU-Net predicts all the same."""
+_BREAKS = (
+    "the sampler {} adds noise on the way, which begins anew in every tile: where an image has several, its samples do "
+    "not continue from one to the next, and overlaps average them. Samples of whole images need ddim or dpm++."
+)
 
 
 @dataclass
@@ -138,6 +142,7 @@ def _run(
 ) -> None:
     """Predict one case after the other, while the next ones are read and the last ones are written."""
     writing: deque[tuple[str, Future]] = deque()
+    warned = False
     for index, prepared in run_ahead(readers, _prepare_case, jobs):
         case = jobs[index][1].identifier
         bar.set_postfix_str(case)
@@ -145,6 +150,9 @@ def _run(
             data, properties, notes = prepared.result()
             for note in notes:
                 tqdm.write(f"WARNING: {note}")
+            if not warned and predictor.sampling.adds_noise and (output.samples or predictor.tiles(data) > 1):
+                tqdm.write(f"WARNING: {_BREAKS.format(predictor.sampling.sampler)}")
+                warned = True
             ensemble = predictor.predict_preprocessed(data, variance=output.uncertainty, samples=output.samples > 0)
         except Exception as error:  # whatever a reader or a network raises; the other cases go on
             report.failed[case] = reason(error)

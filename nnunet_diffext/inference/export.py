@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from nnunet_diffext.inference.quality import Scores, score_prediction, voxel_vol
 from nnunet_diffext.inference.temperature import apply_temperature
 
 MAPS = "uncertainty"
+MAP_NAMES = ("entropy", "mutual_information", "variance")
 SAMPLES = "samples"
+_SIDE = re.compile(rf"sample\d+|{'|'.join(MAP_NAMES)}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Output:
             yield from (Path(f"{case}.npz"), Path(f"{case}.pkl"))
         if self.uncertainty:
             ending = map_ending(model.plans.image_reader_writer_class, model.file_ending)
-            for name in ("entropy", "mutual_information", "variance"):
+            for name in MAP_NAMES:
                 yield Path(MAPS) / f"{case}_{name}{ending}"
         for m in range(self.samples):
             yield Path(SAMPLES) / f"{case}_sample{m:02d}{model.file_ending}"
@@ -99,6 +102,19 @@ class Output:
         """Whether every file of a case is there."""
         return all((self.folder / file).is_file() for file in self.files(model, case))
 
+    def remove_stale(self, model: ModelPlans, case: str) -> None:
+        """Delete what an earlier prediction of the case left and this one does not write: it would be taken for a part
+        of this one."""
+        prefix = f"{case}_"
+        kept = {_kind(file, prefix) for file in self.files(model, case)}
+        for folder in (self.folder / MAPS, self.folder / SAMPLES):
+            for file in folder.glob("*") if folder.is_dir() else ():
+                if _SIDE.fullmatch(_kind(file, prefix)) and _kind(file, prefix) not in kept:
+                    file.unlink()
+        if not self.probabilities:
+            for ending in (".npz", ".pkl"):
+                (self.folder / f"{case}{ending}").unlink(missing_ok=True)
+
     def staging(self, case: str) -> Path:
         """Where the files of a case are written before they appear together."""
         return self.folder / f".incomplete_{case}"
@@ -106,7 +122,7 @@ class Output:
 
 def write_case(result: CaseResult, case: str, model: ModelPlans, output: Output) -> None:
     """Write into a folder of its own first, then rename: a kill at any moment leaves whole files only, and the
-    segmentation appears last."""
+    segmentation appears last. No file of an earlier prediction of the case stays."""
     staging = output.staging(case)
     shutil.rmtree(staging, ignore_errors=True)  # of a killed run
     reader = model.plans.image_reader_writer_class
@@ -121,14 +137,19 @@ def write_case(result: CaseResult, case: str, model: ModelPlans, output: Output)
             elif file.suffix == ".pkl":
                 target.write_bytes(pickle.dumps(result.properties))
             elif file.parent.name == MAPS:
-                name = file.name.removeprefix(f"{case}_").split(".")[0]
-                write_map(result.maps[name], target, reader, result.properties)
+                write_map(result.maps[_kind(file, f"{case}_")], target, reader, result.properties)
             else:
                 array = next(samples) if file.parent.name == SAMPLES else result.segmentation
                 writer.write_seg(array, str(target), result.properties)
+        output.remove_stale(model, case)
         _move(staging, output.folder, last=Path(f"{case}{model.file_ending}"))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _kind(file: Path, prefix: str) -> str:
+    """``entropy`` or ``sample03``, where the name begins with the case's prefix."""
+    return file.name[len(prefix) :].split(".")[0] if file.name.startswith(prefix) else ""
 
 
 def _move(source: Path, target: Path, last: Path) -> None:

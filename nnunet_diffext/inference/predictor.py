@@ -22,7 +22,7 @@ from nnunet_diffext.inference.export import to_case_result
 from nnunet_diffext.inference.grid import ModelPlans, preprocess
 from nnunet_diffext.inference.members import NoiseFields, mirror_combinations, resolve_sampling
 from nnunet_diffext.inference.model_folder import FINAL, load_predictor
-from nnunet_diffext.inference.sliding import average_over_tiles, padded
+from nnunet_diffext.inference.sliding import average_over_tiles, padded, tile_positions
 from nnunet_diffext.networks.sampling import Sampling
 
 
@@ -111,6 +111,13 @@ class Predictor:
     @property
     def _network(self) -> nn.Module:
         return getattr(self.nnunet.network, "_orig_mod", self.nnunet.network)  # nnUNet_compile wraps it
+
+    def tiles(self, data: np.ndarray) -> int:
+        """Into how many tiles the sliding window cuts a preprocessed image ``(C, *)``."""
+        patch = self.model.configuration.patch_size
+        planes = data.ndim - 1 - len(patch)
+        volume = [*data.shape[1 : 1 + planes], *map(max, data.shape[1 + planes :], patch)]
+        return sum(1 for _ in tile_positions(volume, patch, self.nnunet.tile_step_size))
 
     @torch.inference_mode()
     def predict_preprocessed(self, data: np.ndarray, *, variance: bool = False, samples: bool = False) -> Ensemble:

@@ -1,12 +1,13 @@
 """How good a prediction expects itself to be: scores per case without a reference.
 
     expected_dice       2 sum p [predicted] / (sum p + sum [predicted]), the Dice that the model itself expects: close
-                        to it for many voxels if its probabilities are calibrated. NaN if the label is not predicted.
+                        to it for many voxels if its probabilities are calibrated. A label that is not predicted: 0 if
+                        it is expected all the same (see EXPECTED_VOXELS), else NaN.
     volume_ml           of the segmentation; expected_volume_ml: sum of p. NaN for 2D images, which have no volume.
     entropy             mean over the predicted foreground of the predictive entropy, in [0, 1]
     mutual_information  mean over the predicted foreground, in [0, 1]
     agreement           mean pairwise Dice of the samples; NaN without
-    quality             mean of expected_dice over the labels that are predicted
+    quality             mean of expected_dice over the labels that are predicted or expected
 
 Probabilities are the final ones, after temperature scaling; entropy and mutual information are those of the ensemble.
 """
@@ -29,16 +30,21 @@ from nnunet_diffext.files import write_atomically
 FILES = ("quality.csv", "quality.json")
 OVERALL = ("quality", "entropy", "mutual_information", "agreement")
 PER_LABEL = ("expected_dice", "volume_ml", "expected_volume_ml")
+EXPECTED_VOXELS, EXPECTED_FROM = 10, 0.05
+"""A label that is not predicted is expected if its p sum to so many voxels, over voxels with at least this p: where
+the label is impossible, its p is small but not 0, and many such voxels add up."""
 
 Scores = dict[str, Any]
 """``OVERALL`` -> float, and ``"labels"``: name -> ``PER_LABEL`` -> float."""
 
 
 def expected_dice(probability: np.ndarray, predicted: np.ndarray) -> float:
-    """Dice that calibrated probabilities ``(*)`` expect of a segmentation ``(*)``; NaN if that is empty."""
+    """Dice that calibrated probabilities ``(*)`` expect of a segmentation ``(*)``; of an empty one 0 where there should
+    be something (:data:`EXPECTED_VOXELS`), else NaN."""
     size = np.count_nonzero(predicted)
     if not size:
-        return math.nan
+        missed = float(probability[probability >= EXPECTED_FROM].sum(dtype=np.float64))
+        return 0.0 if missed >= EXPECTED_VOXELS else math.nan
     hit = float(probability[predicted].sum(dtype=np.float64))
     return 2 * hit / (float(probability.sum(dtype=np.float64)) + size)
 

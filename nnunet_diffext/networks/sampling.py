@@ -13,6 +13,8 @@ from nnunet_diffext.diffusion.residual import LITERAL_READINGS, literal_sampler
 from nnunet_diffext.diffusion.samplers import Model
 
 SAMPLERS = ("ddim", "ddpm", "dpm++", *LITERAL_READINGS)
+WITHOUT_NOISE = ("ddim", "dpm++", "eq5_mean")
+"""Samplers that add no noise on the way."""
 READOUTS = ("heads", "simplex", "softmax")
 FLOOR = 1e-4
 """Of probabilities: a prior of exactly zero could not be corrected, and costs infinitely much where it is wrong."""
@@ -38,6 +40,12 @@ class Sampling:
     def seeds(self) -> range:
         """One per sample."""
         return range(self.seed, self.seed + self.samples)
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether noise is added on the way. Other than the field that a sample starts from, it begins anew in every
+        tile: samples then do not continue from tile to tile."""
+        return self.samples > 0 and self.steps > 1 and self.sampler not in WITHOUT_NOISE
 
 
 def draw(

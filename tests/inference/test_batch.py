@@ -97,6 +97,36 @@ def test_continue_predicts_what_is_incomplete(stock: Path, two: Path, tmp_path: 
     assert again.done == ["case_000", "case_001"]
 
 
+def test_no_file_of_an_earlier_prediction_stays(sampling: Path, two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copy(two / "case_000_0000.nii.gz", two / "case_000_sample00_0000.nii.gz")  # a name that looks like a sample
+    full = ("--save_probabilities", "--uncertainty", "--save_samples", "-samples", "3", "-steps", "2")
+    assert command(sampling, two, out, *full) == 0
+    (two / "case_001_0000.nii.gz").unlink()  # not predicted again: it keeps all of its files
+    before = {f for f in out.rglob("case_*") if f.is_file()}
+    assert command(sampling, two, out, "--save_samples", "-samples", "2", "-steps", "2") == 0
+    kept = {f for f in before if f.name.startswith("case_001")}
+    for case in ("case_000", "case_000_sample00"):
+        kept |= {out / f"{case}.nii.gz", *(out / "samples" / f"{case}_sample0{m}.nii.gz" for m in (0, 1))}
+    assert {f for f in out.rglob("case_*") if f.is_file()} == kept
+
+
+def test_a_sampler_that_begins_anew_in_every_tile_is_said(sampling: Path, two: Path, tmp_path: Path, capsys) -> None:
+    said = "noise on the way, which begins anew in every tile"
+    for number, (more, expected) in enumerate([
+        (("-samples", "1", "-sampler", "ddpm"), 1), (("-samples", "1", "-sampler", "ddim"), 0),
+        (("-samples", "1", "-sampler", "ddpm", "-steps", "1"), 0), (("-samples", "0",), 0),
+    ]):  # fmt: skip
+        assert command(sampling, two, tmp_path / str(number), *more) == 0
+        assert capsys.readouterr().out.count(said) == expected, more
+    plans = json.loads((sampling / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["patch_size"] = [24, 24, 24]
+    (sampling / "plans.json").write_text(json.dumps(plans))
+    for more, expected in (((), 0), (("--save_samples",), 1)):  # a single tile
+        assert command(sampling, two, tmp_path / "single", "-samples", "1", "-sampler", "ddpm", *more) == 0
+        assert capsys.readouterr().out.count(said) == expected
+
+
 def test_continuing_with_other_settings_is_said(stock: Path, two: Path, tmp_path: Path, capsys) -> None:
     assert command(stock, two, tmp_path / "out") == 0
     assert command(stock, two, tmp_path / "out", "--continue_prediction", "-step_size", "1") == 0

@@ -57,6 +57,22 @@ def test_nothing_predicted() -> None:
     assert all(math.isnan(found[key]) for key in ("quality", "entropy", "mutual_information", "agreement"))
 
 
+def test_what_is_expected_and_not_predicted_lowers_the_quality() -> None:
+    p = np.zeros((3, 4, 4, 4))
+    p[1, 0], p[2, 1:] = 0.9, 0.45  # 16 voxels of ball; of the core, nearly 22 are expected and none is predicted
+    p[0] = 1 - p.sum(0)
+    found = scores_of(p)
+    assert found["labels"]["core"]["expected_dice"] == 0
+    assert found["quality"] == pytest.approx(found["labels"]["ball"]["expected_dice"] / 2)
+    nothing = scores_of(p * np.array([1, 0, 1]).reshape(3, 1, 1, 1))
+    assert nothing["quality"] == 0 and math.isnan(nothing["labels"]["ball"]["expected_dice"])
+    few = np.zeros((20,))
+    few[:20] = 0.45
+    assert math.isnan(expected_dice(few, few > 0.5)), "9 voxels are too few"
+    impossible = np.full(10**6, 1e-4)  # the floor of probabilities that are never 0
+    assert math.isnan(expected_dice(impossible, impossible > 0.5))
+
+
 def test_regions_overlap() -> None:
     p = np.array([[0.9, 0.9, 0.1], [0.8, 0.2, 0.0]]).reshape(2, 1, 1, 3)
     segmentation = np.array([2, 1, 0]).reshape(1, 1, 3)
