@@ -277,6 +277,11 @@ class DiffextTrainer(ConfiguredTrainer):
             )
 
     @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        return self.global_step / (self.num_epochs * self.num_iterations_per_epoch)
+
+    @property
     def global_step(self) -> int:
         """Number of finished training steps, in whole epochs before this one plus those of this epoch."""
         return self.current_epoch * self.num_iterations_per_epoch + self._steps_this_epoch

@@ -174,11 +174,6 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         }
 
     @property
-    def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]."""
-        return self.global_step / (self.num_epochs * self.num_iterations_per_epoch)
-
-    @property
     def mixes(self) -> bool:
         """Whether labelled and unlabelled images are pasted into each other. Without pseudo-labels, nothing is."""
         return self.settings.copy_paste > 0 and self.settings.lambda_cac > 0

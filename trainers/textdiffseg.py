@@ -159,7 +159,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
             architecture,
             num_input_channels,
             label_space,
-            tuple(s.text_shape),
+            tuple(s.text_shape or (1, *RANDOM_TEXT)),  # not known yet when a planner asks
             image_latents=s.image_latents or None,
             text_fusion=s.text_fusion,
             simple_image=s.simple_image,

@@ -47,6 +47,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--save_samples", action="store_true", help="also the segmentation of every sample, OUT/samples/CASE_sampleNN"
     )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="LABEL=TEXT",
+        help="another prompt for a label of a TextDiffSegTrainer model; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--no_temperature", action="store_true", help="ignore the model's calibration.json")
 
 
@@ -82,11 +86,13 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, and report."""
+    from nnunet_diffext.data.prompts import parse_change
     from nnunet_diffext.inference.batch import find_cases, predict_folder
     from nnunet_diffext.inference.calibration_file import describe_use, read_calibration
     from nnunet_diffext.inference.export import Output
     from nnunet_diffext.inference.model_folder import find_model_folder, parse_folds
     from nnunet_diffext.inference.predictor import Predictor
+    from nnunet_diffext.inference.prompts import change_prompts
 
     if args.npp < 0 or args.nps < 0:
         raise ValueError("-npp and -nps must be 0 or more.")
@@ -98,6 +104,9 @@ def run(args: argparse.Namespace) -> int:
         temperature=1.0 if calibration is None else calibration["temperature"], on_device=not args.not_on_device,
         verbose=args.verbose,
     )  # fmt: skip
+    if args.prompt:
+        prompts = change_prompts(predictor.nnunet, dict(parse_change(text) for text in args.prompt))
+        print("Prompts: " + "; ".join(f"{label}: {text}" for label, text in prompts.items()))
     if args.save_samples and not predictor.sampling.samples:
         raise ValueError("--save_samples: this prediction draws no samples. Leave it out, or choose -samples M.")
     find_cases(predictor.model, Path(args.i), args.part_id, args.num_parts)

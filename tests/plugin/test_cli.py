@@ -77,7 +77,7 @@ def test_variants_lists_every_token(trainer: str, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     tokens = describe_tokens(find_trainer(trainer).Settings)
     assert tokens and [t.pattern for t in tokens if f"\n  {t.pattern} " not in printed] == []
-    assert "1000)" in printed, "the default number of epochs"
+    assert f"{find_trainer(trainer).Settings().epochs})" in printed, "the default number of epochs"
 
 
 def test_variants_resolves_a_full_name(capsys: pytest.CaptureFixture[str]) -> None:
