@@ -78,6 +78,9 @@ class TextDiffSegSettings(AdamSettings):
         32, "channels of z_it; 0: as many as the labels' (paper)", number="imageLatents#", minimum=0
     )
 
+    denoiser_width: float = setting(
+        0.5, "channels of the denoiser, relative to the plan; it runs at every step", number="denoiser#", minimum=0.01
+    )
     kind: str = setting("x0", "what the denoiser predicts", choices=("x0", "v", "eps"), switches={"v": "v"})
     schedule: str = setting(
         "cosine", "noise schedule", choices=("cosine", "linear", "scaled_linear"), switches={"linear": "linear"}
@@ -163,6 +166,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
             image_latents=s.image_latents or None,
             text_fusion=s.text_fusion,
             simple_image=s.simple_image,
+            denoiser_width=s.denoiser_width,
             kind=s.kind,
             schedule=s.schedule,
             timesteps=s.timesteps,

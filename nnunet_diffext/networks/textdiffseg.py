@@ -115,6 +115,7 @@ class TextDiffSegNet(DiffusionNet):
         image_latents: channels of ``z_it``; ``None``: as many as the labels' (paper).
         text_fusion: cross-attention (eq. 2) or concatenation (ablation zeta_1).
         simple_image: ablation zeta_2: the image averaged over a latent's voxels instead of an encoder.
+        denoiser_width: channels of the denoiser, relative to the plan; it runs at every step.
         kind, schedule, timesteps, zero_terminal_snr, terminal_share, sampling: see :class:`DiffusionNet`.
         stop_gradient: the diffusion loss does not reach the label encoder, which would make masks easy to guess rather
             than easy to decode.
@@ -136,6 +137,7 @@ class TextDiffSegNet(DiffusionNet):
         image_latents: int | None = None,
         text_fusion: str = "attention",
         simple_image: bool = False,
+        denoiser_width: float = 0.5,
         kind: PredictionKind = "x0",
         schedule: str = "cosine",
         timesteps: int = 1000,
@@ -160,7 +162,9 @@ class TextDiffSegNet(DiffusionNet):
         fusion = {"attention": TextAttention, "concatenation": TextConcatenation}[text_fusion]
         self.text = fusion(conv, width, text_shape[2])
         self.to_condition = conv(width, latents, 1)
-        self.denoiser = Denoiser(a.below(codec.level).with_norm(LayerNorm), latents, codec.channels)
+        self.denoiser = Denoiser(
+            a.below(codec.level).with_norm(LayerNorm).lighter(denoiser_width), latents, codec.channels
+        )
         self.register_buffer("tokens", torch.zeros(text_shape))
         self.register_buffer("token_mask", torch.ones(text_shape[:2], dtype=torch.bool))
 
