@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit, print, store."""
     from nnunet_diffext.inference.calibrate import calibrate, report_lines
-    from nnunet_diffext.inference.calibration_file import NAME, remove_calibration, write_calibration
+    from nnunet_diffext.inference.calibration_file import NAME, check_writable, remove_calibration, write_calibration
     from nnunet_diffext.inference.model_folder import check_folds, find_model_folder, parse_folds
     from nnunet_diffext.inference.predictor import Predictor
 
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     folds = parse_folds(args.f)
     if "all" not in folds:
         check_folds(folder, folds, args.chk)
+    if not args.dry_run:
+        check_writable(folder)
 
     def make_predictor(fold: int) -> Predictor:
         return Predictor(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
+import pickle
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,14 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nn
 from scipy.ndimage import maximum_filter
 from tqdm import tqdm
 
+from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.data.dataset import preprocessed_folder
 from nnunet_diffext.data.splits import load_split
+from nnunet_diffext.evaluation.calibration import Calibration, calibration
 from nnunet_diffext.evaluation.provenance import provenance
 from nnunet_diffext.inference.grid import ModelPlans, inside_crop, probabilities_to_original, with_previous_stage
 from nnunet_diffext.inference.predictor import Predictor
+from nnunet_diffext.inference.stored import StoredCase, bytes_per_voxel, no_space, require_space
 from nnunet_diffext.inference.temperature import (
     VoxelSample,
     apply_temperature,
@@ -37,13 +44,10 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class CasePrediction:
-    """Stored prediction of a validation case: probabilities ``(K, *)`` and reference in ``.npy`` files, and the voxels
-    to fit on."""
+    """What is kept of a validation case: its probabilities, their calibration, and the voxels to fit on."""
 
-    name: str
-    probabilities: Path
-    reference: Path
-    mask: Path
+    stored: StoredCase
+    before: Calibration
     voxels: VoxelSample
 
 
@@ -62,35 +66,37 @@ def calibrate(
         show_progress: a progress bar over the cases.
 
     Raises:
-        ValueError: fold ``all``; validation cases that were trained on, or none. FileNotFoundError: the preprocessed
-            data, a reference or the split is missing.
+        ValueError: fold ``all``; validation cases that were trained on, or none; the temporary folder is too small.
+        FileNotFoundError: the preprocessed data, a reference or the split is missing.
     """
     if "all" in folds:
         raise ValueError(
             "Fold 'all' was trained on every case: none is left on which its probabilities could be checked, and on "
             "training cases it looks better than it is. Calibrate the folds of a cross-validation: -f 0 1 2 3 4."
         )
-    with tempfile.TemporaryDirectory(prefix="nnunet_diffext_calibrate_", ignore_cleanup_errors=True) as scratch:
+    predictor = make_predictor(int(folds[0]))
+    cases = _cases_of(predictor.model, folds)
+    require_space(sum(_bytes_of(predictor.model, case) for of_fold in cases.values() for case in of_fold))
+    with _scratch() as scratch:
         predictions: list[CasePrediction] = []
-        for fold in folds:
-            predictor = make_predictor(int(fold))
-            for case in tqdm(validation_cases(predictor.model, int(fold)), f"fold {fold}", disable=not show_progress):
-                if any(case == p.name for p in predictions):
-                    raise ValueError(f"{case} is a validation case of several folds; calibrate one of them.")
-                predictions.append(_predict(predictor, case, Path(scratch), seed))
+        for fold, names in cases.items():
+            predictor = predictor if fold == folds[0] else make_predictor(int(fold))
+            previous = _previous_stage_folder(predictor) if predictor.model.is_cascade else None
+            for case in tqdm(names, f"fold {fold}", disable=not show_progress):
+                predictions.append(_predict(predictor, case, previous, Path(scratch), seed))
         regions = predictor.model.space.regions
         temperature = fit_temperature([p.voxels for p in predictions], regions)
         content = {
             "temperature": temperature,
             "at_the_limit_of_the_search": at_the_limit(temperature),
-            "before": _measure(predictions, [1.0] * len(predictions), regions),
+            "before": _figures(p.before for p in predictions),
             "after": _measure(predictions, [temperature] * len(predictions), regions),
             "cross_validated": _cross_validate(predictions, regions),
         }
     provenance_ = provenance()
     return {
         **content,
-        "cases": [p.name for p in predictions],
+        "cases": [p.stored.name for p in predictions],
         "settings": {**predictor.settings.as_dict(), "folds": list(folds)},
         "versions": provenance_["versions"],
         "date": provenance_["date"],
@@ -131,10 +137,38 @@ def validation_cases(model: ModelPlans, fold: int) -> tuple[str, ...]:
     return split.val
 
 
-def _predict(predictor: Predictor, case: str, scratch: Path, seed: int) -> CasePrediction:
+def _cases_of(model: ModelPlans, folds: Sequence[int | str]) -> dict[int | str, tuple[str, ...]]:
+    """Fold -> its validation cases."""
+    cases: dict[int | str, tuple[str, ...]] = {}
+    for fold in folds:
+        cases[fold] = validation_cases(model, int(fold))
+        twice = [case for case in cases[fold] for other in cases if other != fold and case in cases[other]]
+        if twice:
+            raise ValueError(f"{twice[0]} is a validation case of several folds; calibrate one of them.")
+    return cases
+
+
+def _bytes_of(model: ModelPlans, case: str) -> int:
+    """What :class:`StoredCase` will take of the temporary folder; 0 for one that cannot be read, as is said later."""
+    file = preprocessed_folder(model.plans.dataset_name) / model.configuration.data_identifier / f"{case}.pkl"
+    try:
+        box = pickle.loads(file.read_bytes())["bbox_used_for_cropping"]
+    except (OSError, KeyError, EOFError, pickle.UnpicklingError):
+        return 0
+    return math.prod(stop - start for start, stop in box) * bytes_per_voxel(model.space.num_heads, model.space.regions)
+
+
+def _scratch() -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(prefix="nnunet_diffext_calibrate_", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise no_space(error.strerror or error) from error
+
+
+def _predict(predictor: Predictor, case: str, previous: Path | None, scratch: Path, seed: int) -> CasePrediction:
     """Predict a case from its preprocessed data; keep what measuring needs in files."""
     model = predictor.model
-    data, properties = _load(predictor, case)
+    data, properties = _load(model, case, previous)
     ensemble = predictor.predict_preprocessed(data)
     segmentation, probabilities = probabilities_to_original(model, ensemble.probabilities, properties)
     truth = inside_crop(model, _reference(model, case), properties)
@@ -150,18 +184,15 @@ def _predict(predictor: Predictor, case: str, scratch: Path, seed: int) -> CaseP
         reference = np.stack([np.isin(truth, v) for v in values])
     else:
         reference = truth.astype(np.int64)
-    files = [scratch / f"{len(list(scratch.iterdir()))}_{name}.npy" for name in ("p", "y", "mask")]
-    for file, array in zip(files, (probabilities, reference, mask), strict=True):
-        np.save(file, array)
     p, y = (array.reshape(-1, mask.size)[:, index] for array in (probabilities, reference))
-    return CasePrediction(case, *files, VoxelSample(p, y, weight))
+    stored = StoredCase(scratch, case, probabilities, reference, mask)
+    before = calibration(probabilities, reference, regions=model.space.regions, mask=mask)
+    return CasePrediction(stored, before, VoxelSample(p, y, weight))
 
 
-def _load(predictor: Predictor, case: str) -> tuple[np.ndarray, dict[str, Any]]:
+def _load(model: ModelPlans, case: str, previous: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
     """Preprocessed image ``(C, *)`` and properties, as the final validation of a training reads them."""
-    model = predictor.model
     folder = preprocessed_folder(model.plans.dataset_name) / model.configuration.data_identifier
-    previous = _previous_stage_folder(predictor) if model.is_cascade else None
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist. Preprocess the configuration: nnUNetv2_preprocess")
     dataset: nnUNetBaseDataset = infer_dataset_class(str(folder))(
@@ -180,9 +211,12 @@ def _load(predictor: Predictor, case: str) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _previous_stage_folder(predictor: Predictor) -> Path:
     """Where the previous stage's training left its out-of-fold segmentations for this configuration."""
-    trainer, plans, configuration = predictor.model_folder.resolve().name.split("__")
-    stage = predictor.model.configuration.previous_stage_name
-    sibling = predictor.model_folder.resolve().parent / f"{trainer}__{plans}__{stage}"
+    model, folder = predictor.model, predictor.model_folder.resolve()
+    stage = model.configuration.previous_stage_name
+    # the folder may have been renamed since
+    checkpoint = read_safely(folder / f"fold_{predictor.folds[0]}" / predictor.checkpoint)
+    configuration = checkpoint["init_args"]["configuration"]
+    sibling = folder.parent / f"{predictor.nnunet.trainer_name}__{model.plans.plans_name}__{stage}"
     folder = sibling / "predicted_next_stage" / configuration
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist. Run the validation of {stage}: nnUNetv2_train ... --val")
@@ -207,19 +241,18 @@ def _cross_validate(predictions: Sequence[CasePrediction], regions: bool) -> dic
 
 
 def _measure(predictions: Sequence[CasePrediction], temperatures: Sequence[float], regions: bool) -> Figures:
+    """Figures of every case at its temperature."""
+
+    def parts() -> Iterator[Calibration]:
+        for prediction, temperature in zip(predictions, temperatures, strict=True):
+            probabilities, reference, mask = prediction.stored.load()
+            p = apply_temperature(probabilities, temperature, regions)
+            yield calibration(p, reference, regions=regions, mask=mask)
+
+    return _figures(parts())
+
+
+def _figures(parts: Iterable[Calibration]) -> Figures:
     """Calibration of all annotated voxels of all cases together."""
-    from nnunet_diffext.evaluation.calibration import calibration
-
-    total = None
-    for probabilities, reference, mask, temperature in _stored(predictions, temperatures):
-        p = apply_temperature(probabilities, temperature, regions)
-        part = calibration(p, reference, regions=regions, mask=mask)
-        total = part if total is None else total + part
+    total = functools.reduce(operator.add, parts)
     return {name: getattr(total, name) for name in FIGURES}
-
-
-def _stored(
-    predictions: Sequence[CasePrediction], temperatures: Sequence[float]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, float]]:
-    for p, temperature in zip(predictions, temperatures, strict=True):
-        yield np.load(p.probabilities), np.load(p.reference), np.load(p.mask), temperature

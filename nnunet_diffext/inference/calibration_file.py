@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,50 @@ def stored_temperature(model_folder: Path) -> float:
     return 1.0 if content is None else float(content["temperature"])
 
 
-def write_calibration(model_folder: Path, content: Mapping[str, Any]) -> Path:
-    """Write the file in one step and return its path."""
+def check_writable(model_folder: Path) -> None:
+    """Before hours of work: whether the file can be written.
+
+    Raises:
+        ValueError: it cannot, with the way out.
+    """
     file = model_folder / NAME
-    write_atomically(file, json.dumps(content, indent=2))
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(f"there is a folder {file}")
+        probe = model_folder / f".{NAME}.{os.getpid()}.incomplete"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def write_calibration(model_folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write the file in one step and return its path.
+
+    Raises:
+        ValueError: it cannot be written, with the way out.
+    """
+    file = model_folder / NAME
+    try:
+        write_atomically(file, json.dumps(content, indent=2))
+    except OSError as error:
+        raise _not_written(file, error) from error
     return file
+
+
+def _not_written(file: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"Cannot write {file} ({error.strerror or error}). Make room and the folder writable, or only print the "
+        "figures: --dry_run."
+    )
 
 
 def remove_calibration(model_folder: Path) -> bool:
     """Delete the file; whether there was one."""
     file = model_folder / NAME
     existed = file.is_file()
-    file.unlink(missing_ok=True)
+    if existed:
+        file.unlink()
     return existed
 
 

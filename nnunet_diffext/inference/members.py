@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import seeded_noise
+from nnunet_diffext.inference.stored import no_space
 from nnunet_diffext.networks.sampling import Sampling
 
 FEW_STEPS = 10
@@ -97,13 +98,16 @@ class NoiseFields:
         seeds: one per sample.
 
     Raises:
-        OSError: the disk of the temporary folder is full; set ``TMPDIR`` to another one.
+        ValueError: the disk of the temporary folder is full.
     """
 
     def __init__(self, channels: int, volume: Sequence[int], seeds: Sequence[int]) -> None:
         self.shape = (1, channels, *volume)
-        self._folder = tempfile.TemporaryDirectory(prefix="nnunet_diffext_noise_", ignore_cleanup_errors=True)
-        self._fields = [self._draw(seed) for seed in seeds]
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="nnunet_diffext_noise_", ignore_cleanup_errors=True)
+            self._fields = [self._draw(seed) for seed in seeds]
+        except OSError as error:
+            raise no_space(error.strerror or error) from error
 
     def crop(self, index: int, where: tuple[int | slice, ...]) -> Tensor:
         """Noise of sample ``index`` for the tile at ``where`` (an index into ``(C, *volume)``): ``(1, K, *patch)``."""

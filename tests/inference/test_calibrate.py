@@ -15,6 +15,7 @@ from nnunet_diffext.cli.main import main
 from nnunet_diffext.evaluation.calibration import calibration
 from nnunet_diffext.inference.calibrate import calibrate
 from nnunet_diffext.inference.predictor import Predictor
+from nnunet_diffext.inference.stored import StoredCase, bytes_per_voxel
 from nnunet_diffext.inference.temperature import apply_temperature
 
 IDS = [f"case_{i:03d}" for i in range(5)]
@@ -139,6 +140,62 @@ def test_a_cascade_gets_the_previous_stage_of_the_training(raw: Path, tmp_path: 
     content = calibrate(lambda fold: predictor, (0,), show_progress=False)
     p = predictor.predict_case([raw / "imagesTr" / "case_000_0000.nii.gz"], label)["probabilities"]
     assert content["before"]["nll"] == pytest.approx(calibration(p, truth.astype(int)).nll, rel=1e-4)
+
+
+def test_a_cascade_may_be_renamed(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "results", labels=THREE, patch=(24, 24, 24), configuration="3d_cascade_fullres")
+    preprocess_like_nnunet(folder, raw, tmp_path / "preprocessed", [{"train": IDS[1:], "val": IDS[:1]}])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    predictor = Predictor(folder.rename(folder.parent / "best model"), (0,), mirroring=False, temperature=1.0)
+    missing = "nnUNetTrainer__nnUNetPlans__3d_lowres/predicted_next_stage/3d_cascade_fullres does not exist"
+    with pytest.raises(FileNotFoundError, match=missing):
+        calibrate(lambda fold: predictor, (0,), show_progress=False)
+
+
+def test_what_cannot_be_stored_is_said_before_any_work(model: Path, monkeypatch, capsys) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("a case was predicted")
+
+    monkeypatch.setattr(Predictor, "predict_preprocessed", worked)
+    (model / "calibration.json").mkdir()
+    assert command(model, "-f", "0") == 1
+    assert "Cannot write" in (error := capsys.readouterr().err) and "--dry_run" in error
+    assert command(model, "--remove") == 0, "a folder is no calibration"
+    (model / "calibration.json").rmdir()
+    usage = shutil.disk_usage("/")._replace(free=10**5)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    assert command(model, "-f", "0", "1") == 1
+    assert "TMPDIR" in (error := capsys.readouterr().err) and "0.0 GB are free" in error
+
+
+@pytest.mark.parametrize("during", ["numpy.save", "nnunet_diffext.inference.calibration_file.write_atomically"])
+def test_a_disk_that_fills_up_is_no_traceback(during: str, model: Path, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(during, full)
+    assert command(model, "-f", "0") == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err
+    assert ("TMPDIR" in printed.err) == (during == "numpy.save")
+    assert ("Temperature" in printed.out) == (during != "numpy.save"), "the figures are not lost"
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_stored_probabilities_are_halved_and_keep_what_calibration_needs(regions: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits = 12 * rng.standard_normal((3, 4, 5, 6)).astype(np.float32)
+    p = 1 / (1 + np.exp(-logits)) if regions else np.exp(logits) / np.exp(logits).sum(0)
+    p[:, 0, 0, 0] = (1, 0, 0)
+    truth = (p > 0.5) if regions else p.argmax(0)
+    mask = rng.random(p.shape[1:]) < 0.9
+    stored = StoredCase(tmp_path, "case", p, truth, mask)
+    found, reference, valid = stored.load()
+    assert np.array_equal(reference, truth) and np.array_equal(valid, mask)
+    np.testing.assert_allclose(found, p, rtol=0.01, atol=1e-11)
+    np.testing.assert_allclose(1 - found, 1 - p, rtol=0.01, atol=1e-6)
+    space = sum(f.stat().st_size for f in tmp_path.iterdir()) - 3 * 128
+    assert space == bytes_per_voxel(3, regions) * mask.size < (4 * 3 + 8 + 1) * mask.size / 2
 
 
 def test_dry_run_and_remove(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
