@@ -101,7 +101,9 @@ class LEAFNet(DiffusionNet):
     @torch.no_grad()
     def start_from_codec(self) -> int:
         """Copy the codec's encoder into the image encoder where names and shapes agree; how many tensors did."""
-        here, there = self.encoder.state_dict(), self.codec.encoder.state_dict()
+        # a pretrained codec's weights may have been loaded after its image encoder was made
+        source = self.codec.image_encoder() if hasattr(self.codec, "image_encoder") else self.codec.encoder
+        here, there = self.encoder.state_dict(), source.state_dict()
         same = {k: v for k, v in there.items() if k in here and here[k].shape == v.shape}
         self.encoder.load_state_dict(same, strict=False)
         return len(same)

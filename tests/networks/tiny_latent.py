@@ -56,7 +56,7 @@ def make_codec(kind: str | Kind = FLAT, heads: int = 2, regions: bool = False, *
 
 
 def make_leaf(
-    kind: str | Kind = FLAT,
+    plan: str | Kind = FLAT,
     *,
     heads: int = 2,
     channels: int = 1,
@@ -65,12 +65,12 @@ def make_leaf(
     **options: Any,
 ) -> LEAFNet:
     """A seeded network around :func:`make_codec`."""
-    codec = make_codec(kind, heads, regions, stride=stride)
-    return LEAFNet(codec, make_architecture(kind), channels, LabelSpace(heads, regions), **options)
+    codec = make_codec(plan, heads, regions, stride=stride)
+    return LEAFNet(codec, make_architecture(plan), channels, LabelSpace(heads, regions), **options)
 
 
 def make_text(
-    kind: str | Kind = FLAT,
+    plan: str | Kind = FLAT,
     *,
     heads: int = 2,
     channels: int = 1,
@@ -80,9 +80,9 @@ def make_text(
     **options: Any,
 ) -> TextDiffSegNet:
     """A seeded network with random tokens; ``frozen``: on :func:`make_codec`."""
-    space, architecture = LabelSpace(heads, regions), make_architecture(kind)
+    space, architecture = LabelSpace(heads, regions), make_architecture(plan)
     torch.manual_seed(0)
-    codec = make_codec(kind, heads, regions) if frozen else LabelCodec(architecture, space, simple=simple_labels)
+    codec = make_codec(plan, heads, regions) if frozen else LabelCodec(architecture, space, simple=simple_labels)
     net = TextDiffSegNet(codec, frozen, architecture, channels, space, TEXT, **options)
     net.tokens.normal_(generator=torch.Generator().manual_seed(4))
     return net
