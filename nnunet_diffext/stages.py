@@ -14,7 +14,14 @@ from nnunetv2 import paths
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
 
 FINAL = "checkpoint_final.pth"
-MUST_AGREE = ("spacing", "normalization_schemes", "use_mask_for_norm", "data_identifier", "patch_size")
+DATA_KEYS = (
+    "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
+    "resampling_fn_data", "resampling_fn_seg", "resampling_fn_data_kwargs", "resampling_fn_seg_kwargs",
+)  # fmt: skip
+"""Entries of a configuration that the preprocessed data depend on."""
+PLAN_DATA_KEYS = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
+"""Likewise, entries of the plans."""
+MUST_AGREE = (*DATA_KEYS, "data_identifier", "patch_size")
 """What two stages of one configuration share; the batch size may differ."""
 
 
@@ -68,13 +75,21 @@ def find_model_folder(
         plans_names: plans to look for, the first found wins.
         fold: must be finished there.
     Raises:
-        StageError: with the command that makes the stage, and the trainings that exist instead.
+        StageError: with the command that makes the stage, and the trainings that exist instead; or the variable names
+            no model folder, or another checkpoint than the final one of this fold.
     """
     variable = f"nnUNet_diffext_{stage}"
     given = os.environ.get(variable)
     if given:
         folder = Path(given)
-        folder = folder.parent.parent if folder.suffix == ".pth" else folder
+        if folder.suffix == ".pth":
+            used = folder.parent.parent / f"fold_{fold}" / FINAL
+            if folder != used:
+                raise StageError(
+                    f"{variable}={given} is not what would be used: a training of fold {fold} builds on "
+                    f"fold_{fold}/{FINAL}. Set the variable to the model folder, the one that holds plans.json."
+                )
+            folder = used.parents[1]
         if not (folder / "plans.json").is_file():
             raise StageError(f"{variable}={given} is no model folder: there is no {folder / 'plans.json'}.")
         return folder
@@ -128,9 +143,8 @@ def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, datas
             f"{stage.folder} has no configuration {configuration} (it has {known}). "
             "Train it in this configuration, or use one of its own."
         )
-    here, there = (_resolved(p, configuration) for p in (plans, stage.plans))
-    different = [key for key in MUST_AGREE if here.get(key) != there.get(key)]
-    different += [key for key in ("transpose_forward",) if plans.get(key) != stage.plans.get(key)]
+    here, there = ({**p, **_resolved(p, configuration)} for p in (plans, stage.plans))
+    different = [key for key in (*MUST_AGREE, *PLAN_DATA_KEYS) if here.get(key) != there.get(key)]
     if different:
         key = different[0]
         raise StageError(

@@ -13,14 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffext.data.dataset import dataset_id, load_json
 from nnunet_diffext.files import write_atomically
+from nnunet_diffext.stages import DATA_KEYS, PLAN_DATA_KEYS
 
-DATA_KEYS = (
-    "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
-    "resampling_fn_data", "resampling_fn_seg", "resampling_fn_data_kwargs", "resampling_fn_seg_kwargs",
-)  # fmt: skip
-"""Entries of a configuration that the preprocessed data depend on."""
-PLAN_DATA_KEYS = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
-"""Likewise, entries of the plans."""
 STANDARD = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 PLANNER_OF = {f"nnUNetResEncUNet{size}Plans": f"nnUNetPlannerResEnc{size}" for size in ("M", "L", "XL")}
 

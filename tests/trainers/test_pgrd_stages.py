@@ -126,6 +126,16 @@ def test_variable_that_names_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     refused("Fold 3 of .* does not exist", fold=3)
 
 
+@pytest.mark.parametrize("file", ["fold_0/checkpoint_best.pth", "fold_1/checkpoint_final.pth", "checkpoint_final.pth"])
+def test_variable_that_names_another_checkpoint(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be ignored: the training builds on the final checkpoint of its own fold."""
+    model, _ = save_prior(kind=FLAT)
+    monkeypatch.setenv("nnUNet_diffext_prior", str(model / file))
+    refused(f"{file} is not what would be used: .* fold_0/checkpoint_final.pth. Set the variable to the model folder")
+    monkeypatch.setenv("nnUNet_diffext_prior", f"{model}/fold_0/{FINAL}")
+    pgrd().initialize()
+
+
 def test_results_folder_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(StageError, match="nnUNet_results is not set"):
@@ -138,6 +148,15 @@ MISFITS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "configuration": ("plans", lambda p: p.update(configurations={"3d": {}}), r"no configuration 2d \(it has 3d\)"),
     "patch": ("plans", lambda p: p["configurations"]["2d"].update(patch_size=[8, 8]), r"\(patch_size is \[8, 8\] "),
     "spacing": ("plans", lambda p: p["configurations"]["2d"].update(spacing=[2.0, 1.0]), "other plans: spacing differ"),
+    "preprocessor": ("plans", lambda p: p["configurations"]["2d"].update(preprocessor_name="X"), "processor_name is X"),
+    "resampling": (
+        "plans", lambda p: p["configurations"]["2d"].update(resampling_fn_data_kwargs={"order": 1}),
+        "resampling_fn_data_kwargs differ",
+    ),
+    "intensities": (
+        "plans", lambda p: p.update(foreground_intensity_properties_per_channel={"0": {"mean": 999.0}}),
+        r"foreground_intensity_properties_per_channel is {'0': {'mean': 999.0}} ",
+    ),
     "axes": ("plans", lambda p: p.update(transpose_forward=[2, 0, 1]), "transpose_forward"),
     "labels": ("dataset", lambda d: d["labels"].update(cyst=2), "other labels: .*cyst"),
     "channels": ("dataset", lambda d: d.update(channel_names={"0": "CT"}), "other channel_names: .*CT"),
