@@ -23,7 +23,7 @@ from nnunet_diffext.planners.dry_run import estimate, measure
 from nnunet_diffext.planners.memory import GIB, StepMemory, can_measure
 from nnunet_diffext.planners.search import MIN_BATCH, Known, Sizes, largest_sizes
 from nnunet_diffext.planners.topology import Topology, require_unet, topologies
-from nnunet_diffext.settings import PLANS_KEY
+from nnunet_diffext.settings import PLANNER_KEY, PLANS_KEY
 from nnunet_diffext.trainers import find_trainer
 
 MAX_SHARE = 0.05
@@ -136,7 +136,7 @@ class DiffextPlanner:
         file = self.folder / f"{self.plans_name}.json"
         old = plans_file.load_replaceable(file, type(self).__name__)
         # what a user wrote into the block stays, in the base plans and in the older plans alike
-        blocks = {**deepcopy(self.base.get(PLANS_KEY, {})), **old.get(PLANS_KEY, {})}
+        blocks = self._of_the_user({**deepcopy(self.base.get(PLANS_KEY, {})), **old.get(PLANS_KEY, {})})
         plans = {**deepcopy(self.base), "configurations": {}, PLANS_KEY: blocks}
         plans.update(plans_name=self.plans_name, experiment_planner_used=type(self).__name__)
         how = f"measured on {torch.cuda.get_device_name(self.device)}" if self.measures else "estimated"
@@ -149,10 +149,14 @@ class DiffextPlanner:
         for name in self.configurations:
             self.results[name] = self._plan(plans, name)
             print(f"{name}:\n{self.results[name]}")
-        blocks["planner"] = self._provenance(how)
+        blocks[PLANNER_KEY] = self._provenance(how, blocks)
         plans_file.save(plans, file, old)
         self._say_what_to_do()
         return file
+
+    def _of_the_user(self, blocks: dict[str, Any]) -> dict[str, Any]:
+        """The settings that planning starts from: without what an earlier planning has changed in them."""
+        return blocks
 
     def _plan(self, plans: dict[str, Any], name: str) -> Planned:
         """Add one configuration to the plans. What inherits its sizes keeps doing so, if they fit."""
@@ -241,7 +245,8 @@ class DiffextPlanner:
             raise ValueError(f"{type(self).__name__} plans for {self.trainer} and its variants, not for {name}.")
         return trainer_class
 
-    def _provenance(self, how: str) -> dict[str, Any]:
+    def _provenance(self, how: str, blocks: Mapping[str, Any]) -> dict[str, Any]:
+        """How the plans with these settings were made."""
         return {
             "base_plans": self.base_plans,
             "trainer": self.trainer_class.__name__,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from math import prod
 from typing import Any, ClassVar
 
@@ -11,7 +13,7 @@ from nnunet_diffext.planners.base import DiffextPlanner, Planned, single_configu
 from nnunet_diffext.planners.memory import StepMemory
 from nnunet_diffext.planners.search import MIN_BATCH, Known, first_that_fits
 from nnunet_diffext.planners.topology import require_unet
-from nnunet_diffext.settings import PLANS_KEY
+from nnunet_diffext.settings import PLANNER_KEY, PLANS_KEY
 
 
 class PGRDPlanner(DiffextPlanner):
@@ -19,13 +21,35 @@ class PGRDPlanner(DiffextPlanner):
 
     The denoiser keeps the width of its settings if two samples fit; then the batch grows, by nnU-Net's rule. A GPU that
     is too small for two samples gets a narrower denoiser. Plans hold one width for all configurations: the narrowest
-    that any of them needs.
+    that any of them needs, beside the one that was wanted: planning again starts from that.
     """
 
     trainer = "PGRDTrainer"
     default_plans_name = "nnUNetPGRDPlans"
     narrower: ClassVar[tuple[float, ...]] = (1.0, 0.75, 0.5, 0.25)
     """Widths that are tried, relative to those of the settings."""
+    widths: ClassVar[tuple[str, ...]] = ("context_width", "step_width")
+
+    def _of_the_user(self, blocks: dict[str, Any]) -> dict[str, Any]:
+        """Widths that are still as an earlier planning narrowed them become the user's again."""
+        blocks = deepcopy(blocks)
+        own = blocks.setdefault(self.trainer, {})
+        for key, width in blocks.get(PLANNER_KEY, {}).get("narrowed", {}).items():
+            if own.get(key) == width["planned"]:
+                own[key] = width["wanted"]
+                if own[key] is None:  # the default
+                    del own[key]
+        self._wanted = {key: own.get(key) for key in self.widths}
+        return blocks
+
+    def _provenance(self, how: str, blocks: Mapping[str, Any]) -> dict[str, Any]:
+        own = blocks[self.trainer]
+        narrowed = {
+            key: {"wanted": wanted, "planned": own[key]}
+            for key, wanted in self._wanted.items()
+            if own.get(key) != wanted
+        }
+        return {**super()._provenance(how, blocks), **({"narrowed": narrowed} if narrowed else {})}
 
     def _plan(self, plans: dict[str, Any], name: str) -> Planned:
         """Add one configuration to the plans."""
@@ -56,12 +80,11 @@ class PGRDPlanner(DiffextPlanner):
             ValueError: not even the narrowest fits.
         """
         settings = self.trainer_class.Settings.resolve(plans[PLANS_KEY].get(self.trainer), self.trainer_class.overrides)
-        own = plans[PLANS_KEY].setdefault(self.trainer, {})
+        own = plans[PLANS_KEY][self.trainer]
         sample = {**base, "batch_size": MIN_BATCH}
         for factor in self.narrower:
             if factor < 1:
-                own["context_width"] = round(factor * settings.context_width, 4)
-                own["step_width"] = round(factor * settings.step_width, 4)
+                own.update({key: round(factor * getattr(settings, key), 4) for key in self.widths})
             memory = self._needed(single_configuration(plans, name, sample), name)
             if memory.total <= self.target:
                 if factor < 1:

@@ -48,6 +48,29 @@ def test_a_small_gpu_gets_a_narrower_denoiser(planned: Planned) -> None:
     assert planner.results["3d_fullres"].memory.total <= planner.target
 
 
+def test_more_memory_gives_the_wanted_width_back(planned: Planned) -> None:
+    estimates: dict = {}
+
+    def planned_for(gigabytes: float) -> dict:
+        planner = PGRDPlanner(NUMBER, gigabytes, configurations=["3d_fullres"])
+        planner.estimates = estimates
+        planner.plan_experiment()
+        return planned.read(PLANS)[PLANS_KEY]
+
+    small, large = narrow(planned, 0.4), narrow(planned, 1.5)
+    narrowed = planned_for(small)[TRAINER]
+    assert narrowed["context_width"] < 0.5
+    assert planned_for(small)[TRAINER] == narrowed, "planning twice narrows no further"
+    wide = planned_for(large)
+    assert wide[TRAINER] == {} and "narrowed" not in wide["planner"]
+    planned_for(small)
+    by_hand = planned.read(PLANS)
+    by_hand[PLANS_KEY][TRAINER].update(context_width=0.3)  # a width that the user has chosen since
+    planned.write(PLANS, by_hand)
+    assert planned_for(small)[TRAINER]["context_width"] < 0.3
+    assert planned_for(large)[TRAINER] == {"context_width": 0.3}
+
+
 def test_a_gpu_that_cannot_hold_the_prior_is_refused(planned: Planned) -> None:
     with pytest.raises(ValueError, match=rf"{NAME}, 3d_fullres: PGRDTrainer does not fit into 0.8 GB.*narrowest"):
         PGRDPlanner(NUMBER, 0.8, configurations=["3d_fullres"]).plan_experiment()
