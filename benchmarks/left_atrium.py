@@ -30,7 +30,8 @@ from typing import Any
 from common import comparison_table, load_json, save_json
 
 from nnunet_diffext.demo.commands import CommandResult, EpochReport, nnunet_environment, run_command
-from nnunet_diffext.evaluation.metrics import METRICS, evaluate_folder, json_ready
+from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
+from nnunet_diffext.evaluation.metrics import METRICS, json_ready
 from nnunet_diffext.evaluation.provenance import provenance
 
 PLANS = "nnUNetPlansQ"
@@ -185,15 +186,18 @@ def train(run: Run, dataset: str, env: dict[str, str], work: Path) -> tuple[Path
 
 
 def evaluate(run: Run, output: Path, measured: dict[str, Any], data: Path, out: Path) -> dict[str, Any]:
-    """Score the final validation at the images' own resolution and add it to ``out``."""
-    dataset_json = load_json(data / "dataset.json")
-    report = evaluate_folder(
-        output / "validation",
-        data / "labelsTr",
-        {LABEL: 1},
-        file_ending=dataset_json["file_ending"],
-        cases=make_splits()[run.fold]["val"],
+    """Score the final validation at the images' own resolution and add it to ``out``.
+
+    Raises:
+        ValueError: a validation case could not be scored.
+    """
+    result = evaluate_predictions(
+        output / "validation", data / "labelsTr", dataset_json=data / "dataset.json", num_processes=2
     )
+    report = by_name(result.report)
+    absent = sorted(set(make_splits()[run.fold]["val"]) - set(report["cases"]))
+    if absent or result.failed:
+        raise ValueError(f"{run.name}: not scored: {', '.join(absent)} {result.failed or ''}")
     per_case = {c: {m: round(v[LABEL][m], 5) for m in METRICS} for c, v in report["cases"].items()}
     summary = report["mean"][LABEL]
     entry = {

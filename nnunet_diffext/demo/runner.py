@@ -12,7 +12,8 @@ from typing import Any
 
 from nnunet_diffext.demo.commands import CommandResult, EpochReport, in_environment, nnunet_environment, run_command
 from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS, write_dataset
-from nnunet_diffext.evaluation.metrics import evaluate_folder, json_ready
+from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
+from nnunet_diffext.evaluation.metrics import json_ready
 from nnunet_diffext.evaluation.provenance import provenance
 
 DATASET_ID = "990"
@@ -112,7 +113,11 @@ class Demo:
         self._run(["nnunet_diffext", "preprocess_unlabeled", "-d", DATASET_ID, "-c", CONFIGURATION], "unlabeled")
 
     def train_and_predict(self, trainer: str) -> dict[str, Any]:
-        """Train fold 0, predict imagesTs, score the predictions. Returns the report of `evaluate_folder`."""
+        """Train fold 0, predict imagesTs, score the predictions. Returns the metrics `by_name`, and the durations.
+
+        Raises:
+            ValueError: a test case could not be scored.
+        """
         device = ["-device", self.options.device]
         training = self._run(
             ["nnUNetv2_train", DATASET_ID, CONFIGURATION, "0", "-tr", trainer, *device],
@@ -124,14 +129,16 @@ class Demo:
              "-d", DATASET_ID, "-c", CONFIGURATION, "-f", "0", "-tr", trainer, "-npp", "1", "-nps", "1", *device],
             f"predict_{trainer}",
         )  # fmt: skip
-        report = evaluate_folder(
-            self.predictions(trainer), self.raw / "labelsTs", LABELS, file_ending=FILE_ENDING, cases=self.test_cases()
+        result = evaluate_predictions(
+            self.predictions(trainer), self.raw / "labelsTs", num_processes=self.options.processes
         )
+        if result.problems():
+            raise ValueError("\n".join(result.problems()))
         return {
             "trainer": trainer,
             "training_s": round(training.seconds, 1),
             "prediction_s": round(prediction.seconds, 1),
-            **report,
+            **by_name(result.report),
         }
 
     def predictions(self, trainer: str) -> Path:

@@ -20,6 +20,9 @@ from nnunet_diffext.evaluation.task import Case, Options, Task
 RENAMED = {"dice": "Dice", "jaccard": "IoU", "hd95": "HD95", "asd": "ASD", "nsd": "NSD"}
 """Names in `nnunet_diffext.evaluation.metrics` -> names in summary.json, nnU-Net's own where it has the metric."""
 
+DISAGREEING = 0.05
+"""A share of the foreground: if more voxels are decided otherwise by the probabilities, it is noted."""
+
 POOLED = "all"
 """Key of the top-label calibration, beside those of the labels."""
 
@@ -71,9 +74,27 @@ def score_case(case: Case, task: Task, options: Options) -> CaseScore:
         statistics = case_statistics(probabilities, prediction, reference, spacing, task, options)
     except ValueError as error:
         return CaseScore(metrics, problem=str(error), notes=notes)
+    notes += disagreement(probabilities, prediction, task, case.probabilities)
     for key in metrics:
         metrics[key] |= calibration_metrics(*statistics[key])
     return CaseScore(metrics, calibration_metrics(*statistics[POOLED]), statistics, notes=notes)
+
+
+def disagreement(probabilities: np.ndarray, prediction: np.ndarray, task: Task, file: Path) -> tuple[str, ...]:
+    """A note if the probabilities ``(K, *)`` decide many voxels otherwise than the segmentation ``(*)``."""
+    decided = probabilities > 0.5 if task.regions else probabilities.argmax(0)
+    different, foreground = np.zeros(prediction.shape, bool), np.zeros(prediction.shape, bool)
+    for key, channel in task.channels.items():
+        pair = decided[channel] if task.regions else decided == channel, np.isin(prediction, task.labels[key])
+        different |= pair[0] != pair[1]
+        foreground |= pair[0] | pair[1]
+    share = np.count_nonzero(different) / max(1, np.count_nonzero(foreground))
+    if share <= DISAGREEING:
+        return ()
+    return (
+        f"{file} decides {share:.0%} of the foreground otherwise than the segmentation: unless that was post-processed "
+        "since, they are of two predictions, and the calibration is not that of the segmentation",
+    )
 
 
 def calibration_metrics(whole: cal.Calibration, band: cal.Calibration) -> dict[str, float]:

@@ -14,8 +14,8 @@ from nnunetv2.configuration import default_num_processes
 from nnunet_diffext.data.parallel import Failure, PreprocessingError, run_all
 from nnunet_diffext.evaluation import plots
 from nnunet_diffext.evaluation.calibration import Calibration
-from nnunet_diffext.evaluation.cases import POOLED, CaseScore, calibration_metrics, score_case
-from nnunet_diffext.evaluation.metrics import implementation
+from nnunet_diffext.evaluation.cases import POOLED, RENAMED, CaseScore, calibration_metrics, score_case
+from nnunet_diffext.evaluation.metrics import METRICS, implementation
 from nnunet_diffext.evaluation.provenance import provenance
 from nnunet_diffext.evaluation.report import metrics_csv, write_json, write_result
 from nnunet_diffext.evaluation.task import OUTPUTS, Case, Options, Task, find_cases, find_dataset_json, load_task
@@ -176,6 +176,27 @@ def _report(cases: Sequence[Case], task: Task, options: Options, scored: _Scores
             "reliability": {key: _table(pair) for key, pair in scored.pooled.items()},
         }
     return report
+
+
+def by_name(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of `nnunet_diffext.evaluation.metrics` in a report of `evaluate_predictions`, by their names there.
+
+    Returns:
+        ``{"cases": {case: {label name: metrics}}, "mean": {label name: means and counts}, "implementation": str}``.
+    """
+
+    def named(values: Mapping[str, float]) -> dict[str, float]:
+        return {name: values[RENAMED.get(name, name)] for name in METRICS}
+
+    labels = report["labels"]
+    return {
+        "cases": {
+            row["case"]: {name: named(row["metrics"][key]) for key, name in labels.items()}
+            for row in report["metric_per_case"]
+        },
+        "mean": {name: named(report["mean"][key]) | report["counts"][key] for key, name in labels.items()},
+        "implementation": report["implementation"],
+    }
 
 
 def mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

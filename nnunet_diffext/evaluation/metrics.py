@@ -1,4 +1,4 @@
-"""Dice, Jaccard, HD95, ASD, NSD and volumes per case and label, with one stated policy for empty masks.
+"""Dice, Jaccard, HD95, ASD, NSD and volumes of a mask, with one stated policy for empty masks.
 
 Implementation and options, to be quoted with the numbers (other libraries differ by up to a third in ASD):
   * HD95 and ASD: MONAI, ``compute_hausdorff_distance(percentile=95, directed=False)`` and
@@ -22,9 +22,8 @@ Voxels that the reference marks as ignored are left out of the counts and are ba
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ import SimpleITK as sitk
 from nnunet_diffext.evaluation.surface import NSD_TOLERANCE_MM, surface_metrics
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "nsd", "volume_pred_ml", "volume_ref_ml", "volume_error")
-Label = int | Sequence[int]
 
 
 def implementation(nsd_tolerance: float = NSD_TOLERANCE_MM) -> str:
@@ -95,114 +93,10 @@ def mask_metrics(
     return result
 
 
-def case_metrics(
-    prediction: np.ndarray,
-    reference: np.ndarray,
-    spacing: Sequence[float],
-    labels: Mapping[str, Label],
-    ignore_label: int | None = None,
-    nsd_tolerance: float = NSD_TOLERANCE_MM,
-) -> dict[str, dict[str, float]]:
-    """Metrics of every foreground label or region of one case.
-
-    Args:
-        prediction: integer label map, 2D or 3D.
-        reference: integer label map, same shape.
-        spacing: voxel size in mm in the order of the array's axes.
-        labels: name -> label, or the labels that make up a region, as in nnU-Net's dataset.json; entries for label 0
-            and for ``ignore_label`` are skipped.
-        ignore_label: value in ``reference`` that means "not annotated".
-        nsd_tolerance: in mm.
-    """
-    ignore = None if ignore_label is None else reference == ignore_label
-    result = {}
-    for name, label in labels.items():
-        values = [label] if isinstance(label, int) else list(label)
-        if values in ([0], [ignore_label]):
-            continue
-        masks = np.isin(prediction, values), np.isin(reference, values)
-        result[name] = mask_metrics(*masks, spacing, ignore, nsd_tolerance)
-    return result
-
-
 def read_label_map(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """Label map as nnU-Net's arrays are ordered, (z, y, x) or (y, x), and its spacing in mm in the same order."""
     image = sitk.ReadImage(str(path))
     return sitk.GetArrayFromImage(image), tuple(reversed(image.GetSpacing()))
-
-
-def _read_pair(prediction_file: Path, reference_file: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-    for file, role in ((prediction_file, "prediction"), (reference_file, "reference")):
-        if not file.is_file():
-            raise FileNotFoundError(f"no {role} {file}; every evaluated case needs a prediction and a reference")
-    prediction, predicted_spacing = read_label_map(prediction_file)
-    reference, spacing = read_label_map(reference_file)
-    if prediction.shape != reference.shape or not np.allclose(predicted_spacing, spacing, rtol=1e-3):
-        raise ValueError(
-            f"{prediction_file} has shape {prediction.shape} and spacing {predicted_spacing}, but {reference_file} has "
-            f"{reference.shape} and {spacing}: predictions must be in the geometry of the reference"
-        )
-    return prediction, reference, spacing
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return float(np.mean(known)) if known else math.nan
-
-
-def summarise(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Means over cases per label, with the number of ``cases``, ``both_empty``, ``surface_undefined`` and
-    ``reference_empty`` ones."""
-    result: dict[str, dict[str, float]] = {}
-    for name in next(iter(cases.values())):
-        rows = [case[name] for case in cases.values()]
-        result[name] = {metric: _mean(row[metric] for row in rows) for metric in METRICS}
-        both_empty = sum(math.isnan(row["dice"]) for row in rows)
-        result[name]["cases"] = len(rows)
-        result[name]["both_empty"] = both_empty
-        result[name]["surface_undefined"] = sum(math.isnan(row["hd95"]) for row in rows) - both_empty
-        result[name]["reference_empty"] = sum(math.isnan(row["volume_error"]) for row in rows)
-    return result
-
-
-def evaluate_folder(
-    pred_dir: str | Path,
-    gt_dir: str | Path,
-    labels: Mapping[str, Label],
-    ignore_label: int | None = None,
-    file_ending: str = ".nii.gz",
-    cases: Sequence[str] | None = None,
-    nsd_tolerance: float = NSD_TOLERANCE_MM,
-) -> dict[str, Any]:
-    """Score a folder of predicted label maps against the references of the same names.
-
-    Args:
-        pred_dir: folder with ``CASE + file_ending``.
-        gt_dir: folder with the references; it may hold more cases.
-        labels: see `case_metrics`.
-        ignore_label: see `case_metrics`.
-        file_ending: of both folders, with the dot.
-        cases: cases that must be there; None for all in ``pred_dir``.
-        nsd_tolerance: in mm.
-
-    Returns:
-        ``{"cases": {case: {label: metrics}}, "mean": {label: means and counts}, "implementation": str}``; undefined
-        values are NaN, see `json_ready`.
-
-    Raises:
-        FileNotFoundError: no prediction at all, or one of ``cases`` misses its prediction or reference.
-        ValueError: a prediction's geometry is not its reference's.
-    """
-    pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
-    if cases is None:
-        cases = sorted(p.name.removesuffix(file_ending) for p in pred_dir.glob("*" + file_ending))
-    if not cases:
-        raise FileNotFoundError(f"no file *{file_ending} in {pred_dir}: nothing to evaluate")
-    result = {}
-    for case in cases:
-        prediction, reference, spacing = _read_pair(pred_dir / (case + file_ending), gt_dir / (case + file_ending))
-        result[case] = case_metrics(prediction, reference, spacing, labels, ignore_label, nsd_tolerance)
-    return {"cases": result, "mean": summarise(result), "implementation": implementation(nsd_tolerance)}
 
 
 def json_ready(report: Any) -> Any:
@@ -212,8 +106,3 @@ def json_ready(report: Any) -> Any:
     if isinstance(report, (list, tuple)):
         return [json_ready(value) for value in report]
     return None if isinstance(report, float) and math.isnan(report) else report
-
-
-def save_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Write the result of `evaluate_folder` as strict json."""
-    Path(path).write_text(json.dumps(json_ready(report), indent=1, allow_nan=False) + "\n")

@@ -17,7 +17,8 @@ from prediction_folders import LABELS, REGIONS, SPACING, make_folders, probabili
 from nnunet_diffext.cli.main import main
 from nnunet_diffext.evaluation.calibration import calibration, label_calibration
 from nnunet_diffext.evaluation.cases import foreground_band, score_case
-from nnunet_diffext.evaluation.folder import evaluate_predictions
+from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
+from nnunet_diffext.evaluation.metrics import METRICS
 from nnunet_diffext.evaluation.report import write_result
 from nnunet_diffext.evaluation.task import OUTPUTS, Options, find_cases, find_dataset_json, load_task
 
@@ -53,6 +54,35 @@ def test_layout_and_values_are_those_of_nnunet(tmp_path, labels):
     volume = ours["metric_per_case"][0]["metrics"][regions[0]]["volume_ref_ml"]
     assert volume == pytest.approx(voxels * np.prod(SPACING) / 1000)
     assert not (pred / "reliability.png").exists() and "calibration" not in ours
+
+
+def test_metrics_by_name_with_the_spacing_of_the_files_and_empty_cases_counted(tmp_path):
+    pred, gt = make_folders(tmp_path, cases=0)
+    planes = np.zeros((2, 12, 13, 14))
+    planes[0, 2], planes[1, 5] = 1, 1
+    empty = np.zeros((12, 13, 14))
+    for case, p, r in (("shifted", *planes), ("nothing", empty, empty), ("missed", empty, planes[0])):
+        write_labels(pred / f"{case}.nii.gz", p)
+        write_labels(gt / f"{case}.nii.gz", r)
+    result = by_name(evaluate(pred, gt).report)
+    assert sorted(result["cases"]) == ["missed", "nothing", "shifted"]
+    assert list(result["mean"]) == ["organ", "tumour"] and "hd95" in result["implementation"].lower()
+    mean = result["mean"]["organ"]
+    assert (mean["cases"], mean["both_empty"], mean["surface_undefined"], mean["reference_empty"]) == (3, 1, 1, 1)
+    assert mean["dice"] == mean["jaccard"] == mean["nsd"] == 0
+    assert mean["hd95"] == mean["asd"] == pytest.approx(3 * SPACING[0])
+    assert set(result["cases"]["shifted"]["organ"]) == set(METRICS)
+    assert math.isnan(result["cases"]["nothing"]["organ"]["dice"])
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+def test_probabilities_of_another_prediction_are_noted(tmp_path, labels):
+    pred, gt = make_folders(tmp_path, labels=labels)
+    assert evaluate(pred, gt).remarks() == []
+    shift = np.roll(reference_of(1), 3, axis=1)
+    write_labels(pred / "case_1.nii.gz", shift)
+    (note,) = evaluate(pred, gt).remarks()
+    assert note.startswith("case_1: ") and "case_1.npz decides" in note and "of two predictions" in note
 
 
 def test_calibration_is_that_of_the_arrays(tmp_path):

@@ -1,21 +1,11 @@
 """Metrics against distances known by construction and against an independent implementation."""
 
-import json
 import math
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 
-from nnunet_diffext.evaluation.metrics import (
-    METRICS,
-    case_metrics,
-    evaluate_folder,
-    implementation,
-    json_ready,
-    mask_metrics,
-    save_report,
-)
+from nnunet_diffext.evaluation.metrics import METRICS, implementation, mask_metrics
 
 SPACING = (5.0, 0.8, 0.5)
 
@@ -172,64 +162,13 @@ def test_one_empty_is_dice_zero_and_undefined_surface(swap):
 
 
 def test_ignored_voxels_count_for_nothing():
-    reference = cube((8, 8, 8), (2, 2, 2), (6, 6, 6)).astype(np.uint8)
+    reference = cube((8, 8, 8), (2, 2, 2), (6, 6, 6))
     prediction = reference.copy()
-    prediction[:, :, 7] = 1
-    assert case_metrics(prediction, reference, SPACING, {"a": 1})["a"]["dice"] < 1
-    reference[:, :, 7] = 9
-    result = case_metrics(prediction, reference, SPACING, {"a": 1, "ignore": 9}, ignore_label=9)
+    prediction[:, :, 7] = True
+    assert mask_metrics(prediction, reference, SPACING)["dice"] < 1
+    ignore = np.zeros(reference.shape, dtype=bool)
+    ignore[:, :, 7] = True
     volume = pytest.approx(64 * 5 * 0.8 * 0.5 / 1000)
     perfect = {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0, "nsd": 1.0, "volume_error": 0.0}
-    assert result == {"a": {**perfect, "volume_pred_ml": volume, "volume_ref_ml": volume}}
-
-
-def test_regions_unite_their_labels_and_background_is_skipped():
-    reference = np.zeros((6, 6), dtype=np.uint8)
-    reference[1:3], reference[3:5] = 1, 2
-    prediction = np.where(reference > 0, 1, 0)
-    result = case_metrics(prediction, reference, (1.0, 1.0), {"background": 0, "whole": (1, 2), "core": [2]})
-    assert set(result) == {"whole", "core"}
-    assert result["whole"]["dice"] == 1 and result["core"]["dice"] == 0
-
-
-def write(folder, case, array, spacing=SPACING):
-    folder.mkdir(exist_ok=True)
-    image = sitk.GetImageFromArray(array.astype(np.uint8))
-    image.SetSpacing(tuple(reversed(spacing)))
-    sitk.WriteImage(image, str(folder / f"{case}.nii.gz"))
-
-
-def test_folder_uses_the_spacing_of_the_files_and_counts_empty_cases(tmp_path):
-    pred, ref = tmp_path / "pred", tmp_path / "ref"
-    planes = np.zeros((2, 12, 13, 14))
-    planes[0, 2], planes[1, 5] = 1, 1
-    empty = np.zeros((12, 13, 14))
-    for case, p, r in (("shifted", *planes), ("nothing", empty, empty), ("missed", empty, planes[0])):
-        write(pred, case, p)
-        write(ref, case, r)
-    write(ref, "not_predicted", planes[0])
-    report = evaluate_folder(pred, ref, {"background": 0, "plane": 1})
-    assert sorted(report["cases"]) == ["missed", "nothing", "shifted"]
-    mean = report["mean"]["plane"]
-    assert (mean["cases"], mean["both_empty"], mean["surface_undefined"]) == (3, 1, 1)
-    assert mean["reference_empty"] == 1
-    assert mean["dice"] == mean["nsd"] == 0
-    assert mean["hd95"] == pytest.approx(3 * SPACING[0])
-    save_report(report, tmp_path / "report.json")
-    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert read == json_ready(report) and read["cases"]["nothing"]["plane"]["dice"] is None
-
-
-def test_folder_errors_name_the_file(tmp_path):
-    pred, ref = tmp_path / "pred", tmp_path / "ref"
-    write(pred, "a", np.zeros((4, 5, 6)))
-    with pytest.raises(FileNotFoundError, match="no reference .*a.nii.gz"):
-        ref.mkdir()
-        evaluate_folder(pred, ref, {"x": 1})
-    write(ref, "a", np.zeros((4, 5, 6)), spacing=(1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="geometry"):
-        evaluate_folder(pred, ref, {"x": 1})
-    with pytest.raises(FileNotFoundError, match="no prediction .*b.nii.gz"):
-        evaluate_folder(pred, ref, {"x": 1}, cases=["b"])
-    with pytest.raises(FileNotFoundError, match="nothing to evaluate"):
-        evaluate_folder(ref, ref, {"x": 1}, file_ending=".mha")
+    result = mask_metrics(prediction, reference, SPACING, ignore)
+    assert result == {**perfect, "volume_pred_ml": volume, "volume_ref_ml": volume}
