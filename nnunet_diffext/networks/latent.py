@@ -16,13 +16,13 @@ class LatentEncoder(nn.Module):
     Args:
         architecture: what nnU-Net planned.
         input_channels: C.
-        channels: of the latents.
+        channels: of the latents; ``None``: no projection.
         level: the last stage.
         attentive: so many of the last stages end with self-attention.
     """
 
     def __init__(
-        self, architecture: Architecture, input_channels: int, channels: int, level: int, attentive: int = 0
+        self, architecture: Architecture, input_channels: int, channels: int | None, level: int, attentive: int = 0
     ) -> None:
         super().__init__()
         net = architecture.build(input_channels, 2)
@@ -34,7 +34,8 @@ class LatentEncoder(nn.Module):
                 for i in range(max(0, level + 1 - attentive), level + 1)
             }
         )
-        self.to_latent = architecture.conv_op(architecture.features[level], channels, 1)
+        width = architecture.features[level]
+        self.to_latent = nn.Identity() if channels is None else architecture.conv_op(width, channels, 1)
 
     def features(self, x: Tensor) -> Tensor:
         """Of the last stage, before the projection."""

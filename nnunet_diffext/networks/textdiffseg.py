@@ -158,7 +158,7 @@ class TextDiffSegNet(DiffusionNet):
         self.pool = adaptive_avg_pool3d if conv is nn.Conv3d else adaptive_avg_pool2d
         self.encoder = conv(image_channels, width, 1) if simple_image else None
         if not simple_image:
-            self.encoder = LatentEncoder(a, image_channels, latents, codec.level, attentive=2)
+            self.encoder = LatentEncoder(a, image_channels, None, codec.level, attentive=2)  # text comes before z_it
         fusion = {"attention": TextAttention, "concatenation": TextConcatenation}[text_fusion]
         self.text = fusion(conv, width, text_shape[2])
         self.to_condition = conv(width, latents, 1)
@@ -192,7 +192,7 @@ class TextDiffSegNet(DiffusionNet):
     def image_features(self, image: Tensor) -> Tensor:
         """``z_i`` ``(B, c, *latent)``."""
         if isinstance(self.encoder, LatentEncoder):
-            return self.encoder.features(image)
+            return self.encoder(image)
         grid = [n // f for n, f in zip(image.shape[2:], self.codec.stride, strict=True)]
         return self.encoder(self.pool(image, grid))
 

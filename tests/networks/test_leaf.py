@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import KINDS, make_architecture
-from tiny_latent import FLAT, SMALL, image_of, make_codec, make_leaf, noise_of, onehot_of, patch_of
+from tiny_latent import FLAT, SMALL, Oracle, image_of, make_codec, make_leaf, noise_of, onehot_of, patch_of
 from torch import Tensor, nn
 
-from nnunet_diffext.diffusion.parameterization import target
 from nnunet_diffext.networks.leaf import LEAFNet
 from nnunet_diffext.networks.sampling import Sampling
-from nnunet_diffext.networks.unet import UNetOutput
 
 PREDICTIONS = {
     "x0": {"kind": "x0"},
@@ -108,27 +106,11 @@ def test_mirrored_image_sees_mirrored_noise(kind: Any) -> None:
 
 
 # ------------------------------------------------------------------ a U-Net that knows the answer (METHODS 5.5-1)
-class Oracle(nn.Module):
-    """Returns what a perfect network of this kind would."""
-
-    def __init__(self, net: LEAFNet, z0: Tensor) -> None:
-        super().__init__()
-        self.how, self.z0, self.timesteps = (net.kind, net.schedule), z0, []
-
-    def forward(self, known: Tensor, z_t: Tensor, t: Tensor) -> UNetOutput:
-        self.timesteps.append(t.tolist())
-        kind, schedule = self.how
-        alpha, sigma = schedule.marginal(t, z_t.ndim)
-        noise = (z_t - alpha * self.z0) / sigma
-        features = [torch.zeros(len(z_t), 1, *z_t.shape[2:])] * 2
-        return UNetOutput(target(kind, self.z0, noise, t, schedule), features, features)
-
-
 def knowing(kind: Any, prediction: str, steps: int, **options: Any) -> tuple[LEAFNet, Tensor]:
     """A network that knows the latents of some masks, and these."""
     net = make_leaf(kind, heads=3, sampling=Sampling(steps=steps), **PREDICTIONS[prediction], **options).eval()
     z0 = net.encode_masks(onehot_of(kind, heads=3))
-    net.unet = Oracle(net, z0)
+    net.unet = Oracle(net.kind, net.schedule, z0)
     return net, z0
 
 

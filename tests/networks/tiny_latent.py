@@ -12,10 +12,12 @@ from tiny import KINDS, Kind, make_architecture, make_trainer
 from tiny_prior import finish
 from torch import Tensor, nn
 
-from nnunet_diffext.diffusion import LabelSpace
+from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule
+from nnunet_diffext.diffusion.parameterization import PredictionKind, target
 from nnunet_diffext.networks.leaf import LEAFNet
 from nnunet_diffext.networks.mask_autoencoder import MaskAutoencoder
 from nnunet_diffext.networks.textdiffseg import LabelCodec, TextDiffSegNet
+from nnunet_diffext.networks.unet import UNetOutput
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pretrained"))
 
@@ -86,6 +88,22 @@ def make_text(
     net = TextDiffSegNet(codec, frozen, architecture, channels, space, TEXT, **options)
     net.tokens.normal_(generator=torch.Generator().manual_seed(4))
     return net
+
+
+class Oracle(nn.Module):
+    """In place of a U-Net: what a perfect network of this kind would predict of ``z0``, at whichever ``t``."""
+
+    def __init__(self, kind: PredictionKind, schedule: NoiseSchedule, z0: Tensor) -> None:
+        super().__init__()
+        self.kind, self.schedule, self.z0 = kind, schedule, z0
+        self.timesteps: list[list[int]] = []
+
+    def forward(self, known: Tensor, z_t: Tensor, t: Tensor) -> UNetOutput:
+        self.timesteps.append(t.tolist())
+        alpha, sigma = self.schedule.marginal(t, z_t.ndim)
+        noise = (z_t - alpha * self.z0) / sigma
+        features = [torch.zeros(len(z_t), 1, *z_t.shape[2:])] * 2
+        return UNetOutput(target(self.kind, self.z0, noise, t, self.schedule), features, features)
 
 
 def save_codec(tokens: str = "", kind: str | Kind = FLAT, **options: Any) -> Path:
