@@ -9,6 +9,7 @@ import torch
 from tiny import Kind, dice, make_architecture, ready_trainer
 from torch import Tensor, nn
 
+from nnunet_diffext.data.prior_errors import ErrorSample
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_error
 from nnunet_diffext.networks.pgrd import PGRDNet
@@ -52,31 +53,50 @@ class Overconfident(nn.Module):
         return torch.cat([-logit / 2, logit / 2], dim=1)
 
 
+class Setup(NamedTuple):
+    """How samples are read out and spaced. ``kappa``: ``None`` measures it, as the trainer does."""
+
+    readout: str
+    kappa: float | None
+    step_power: float
+    steps: int
+
+
+DEFAULT = Setup("heads", None, 3.0, 10)
+# which rater speaks is decided the farther from t = T the larger kappa is (test_residual): here, few steps see it
+SETUPS = {"wide": Setup("simplex", 2.0, 1.0, 20), "default": DEFAULT}
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def setup(request: pytest.FixtureRequest) -> Setup:
+    return SETUPS[request.param]
+
+
 @pytest.fixture(scope="module")
-def trained() -> PGRDNet:
+def trained(setup: Setup) -> PGRDNet:
     """Trained on one rater per image."""
     torch.manual_seed(0)
     net = PGRDNet(
         Overconfident(), make_architecture(SQUARE), 1, LabelSpace(2), context_width=1.0, step_width=1.0, levels=2,
-        readout="simplex",
+        readout=setup.readout, step_power=setup.step_power,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
+    everywhere = torch.ones(64, 1, 16, 16, dtype=torch.bool)
     many = cases(64, generator)
-    clean = torch.cat([1 - many.mask, many.mask], dim=1)
-    residual = clean - net.prior_probabilities(many.image)
-    # with a smaller kappa, which rater speaks is decided so close to t = T that few steps jump over it (test_residual)
-    net.kappa.fill_(2.0)
-    net.spread.fill_(float(residual.square().mean().sqrt()) / 2.0)
+    sample = ErrorSample(net.as_prior, regions=False)
+    sample.add(net.prior(many.image), torch.cat([1 - many.mask, many.mask], dim=1), everywhere)
+    error = sample.error()
+    net.kappa.fill_(setup.kappa or error.kappa)
+    net.spread.fill_(error.everywhere / float(net.kappa))
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1.5e-2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-2, STEPS)
-    everywhere = torch.ones(24, 1, 16, 16, dtype=torch.bool)
     net.train()
     for _ in range(STEPS):
         batch = cases(24, generator)
         clean = torch.cat([1 - batch.mask, batch.mask], dim=1)
         out = net(batch.image, clean=clean)
-        loss = masked_error(out.prediction, out.target, everywhere)
-        loss = loss + 0.1 * deep_diffusion_supervision(out.heads, clean, everywhere)
+        loss = masked_error(out.prediction, out.target, everywhere[:24])
+        loss = loss + 0.1 * deep_diffusion_supervision(out.heads, clean, everywhere[:24])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 12)
@@ -97,14 +117,14 @@ class Drawn(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def drawn(trained: PGRDNet) -> Drawn:
+def drawn(trained: PGRDNet, setup: Setup) -> Drawn:
     new = cases(IMAGES, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3)
     with torch.inference_mode():
         one_step = trained(new.image).softmax(1)[:, 1:]
         images = new.image.repeat(16, 1, 1, 1)
         fields = torch.randn(SAMPLES // 16, len(images), 2, 16, 16, generator=generator)
-        samples = torch.stack([trained.sample(images, f, steps=20)[:, 1:] for f in fields])
+        samples = torch.stack([trained.sample(images, f, steps=setup.steps)[:, 1:] for f in fields])
     return Drawn(new, one_step.clone(), samples.view(SAMPLES, IMAGES, 1, 16, 16).clone())
 
 
@@ -117,12 +137,17 @@ def nll(p: Tensor, truth: Tensor) -> float:
     return float(-(truth * p.clamp(1e-7, 1).log() + (1 - truth) * (1 - p).clamp(1e-7, 1).log()).mean())
 
 
-def test_one_step_is_the_mean_of_many_samples(drawn: Drawn) -> None:
-    """Within the Monte-Carlo error of 8 images with 64 samples each, and the bias of 20 steps."""
+def test_one_step_is_the_mean_of_many_samples(drawn: Drawn, setup: Setup) -> None:
+    """Within the Monte-Carlo error of 8 images with 64 samples each, and the bias of the steps."""
     one = mean_in(drawn.cases.ring, drawn.one_step).mean()
     many = mean_in(drawn.cases.ring, drawn.samples)  # (SAMPLES, IMAGES)
     error = float(many.std()) / (IMAGES * SAMPLES) ** 0.5
-    assert float(one) == pytest.approx(float(many.mean()), abs=3 * error + 0.02)
+    bias = 0.02
+    if setup == DEFAULT:  # with a small kappa, errors of the network near t = T tip whole answers: docs/pgrd.md
+        bias = 0.08
+        mean = drawn.samples.mean(0)
+        assert nll(drawn.one_step, drawn.cases.truth) < nll(mean, drawn.cases.truth), "why one step is the default"
+    assert float(one) == pytest.approx(float(many.mean()), abs=3 * error + bias)
     for part in (drawn.cases.core, 1 - drawn.cases.core - drawn.cases.ring):
         assert (mean_in(part, drawn.one_step) - mean_in(part, drawn.samples).mean(0)).abs().max() < 0.05
 
