@@ -31,6 +31,7 @@ from scipy.special import entr
 from nnunet_diffext.demo.commands import run_command
 from nnunet_diffext.evaluation.cases import read_probabilities
 from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.files import CALIBRATION, FINAL
 
 FLOOR = 1e-7  # of predicted probabilities inside the logarithm
 PGRD_ROWS = {
@@ -103,7 +104,7 @@ class Benchmark:
     def train(self, trainer: str, fold: int = 0, plans: str = PLANS) -> Path:
         """One training through the stock command."""
         output = self.folder(trainer, plans) / f"fold_{fold}"
-        if not (output / "checkpoint_final.pth").is_file():
+        if not (output / FINAL).is_file():
             shutil.rmtree(output, ignore_errors=True)
             env = {**self.env, "nnUNet_diffext_prior": str(self.folder(self.prior()))}
             command = ["nnUNetv2_train", "950", CONFIGURATION, str(fold), "-tr", trainer, "-p", plans, "-device", "cpu"]
@@ -135,7 +136,7 @@ class Benchmark:
         self.record("nnU-Net", self.predict("prior", model, "--no_temperature"))
         command = ["nnunet_diffext", "calibrate", "-m", str(model), "-f", "0", "--disable_tta", "-device", "cpu"]
         run_command(command, self.env, self.work / "logs" / "calibrate.log")
-        fitted = load_json(model / "calibration.json")
+        fitted = load_json(model / CALIBRATION)
         self.record("nnU-Net + temperature", self.predict("prior_T", model), temperature=fitted.get("temperature"))
         members = [self.predict(f"seed{s}", self.train(self.prior(s)), "--no_temperature") for s in (1, 2, 3)]
         self.record("ensemble of 3", {c: np.mean([m[c] for m in members], axis=0) for c in members[0]})
@@ -170,7 +171,7 @@ def mc_dropout(model: Path, raw: Path, env: dict[str, str], passes: int) -> dict
 
     os.environ.update(env)
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
+    predictor.initialize_from_trained_model_folder(str(model), (0,), FINAL)
     network = predictor.network
     network.load_state_dict(predictor.list_of_parameters[0])
     network.eval()

@@ -1,4 +1,5 @@
-"""Writing files such that a kill, a full disk or a reader at the wrong moment never meets half of one."""
+"""Writing files such that a kill, a full disk or a reader at the wrong moment never meets half of one; and the names of
+those that one part of the package writes and another one reads."""
 
 from __future__ import annotations
 
@@ -7,6 +8,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+FINAL = "checkpoint_final.pth"
+"""nnU-Net's name for the checkpoint of a finished fold."""
+CALIBRATION = "calibration.json"
+"""In a model folder, by ``nnunet_diffext calibrate``."""
+QUALITY, UNCERTAINTY = "quality.csv", "uncertainty"
+"""Scores and folder of maps in a folder of predictions, by ``nnunet_diffext predict``."""
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 from nnunetv2 import paths
 
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
+from nnunet_diffext.files import FINAL
 
-FINAL = "checkpoint_final.pth"
 DATA_KEYS = (
     "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
     "resampling_fn_data", "resampling_fn_seg", "resampling_fn_data_kwargs", "resampling_fn_seg_kwargs",

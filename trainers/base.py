@@ -15,6 +15,7 @@ from torch import Tensor, autocast, nn
 
 from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_checkpoint
 from nnunet_diffext.diffusion import LabelSpace
+from nnunet_diffext.files import FINAL
 from nnunet_diffext.losses.segmentation import dice_ce_loss
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
@@ -236,7 +237,7 @@ class DiffextTrainer(ConfiguredTrainer):
         try:
             write_checkpoint(checkpoint, filename)
         except CheckpointError as error:
-            if filename.endswith("checkpoint_final.pth"):
+            if filename.endswith(FINAL):
                 raise
             self.print_to_log_file(f"WARNING: {error} Training goes on.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nnunet_diffext.cli.predict import add_model_arguments, add_setting_arguments
+from nnunet_diffext.files import CALIBRATION
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,13 +26,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit, print, store."""
     from nnunet_diffext.inference.calibrate import calibrate, report_lines
-    from nnunet_diffext.inference.calibration_file import NAME, check_writable, remove_calibration, write_calibration
+    from nnunet_diffext.inference.calibration_file import check_writable, remove_calibration, write_calibration
     from nnunet_diffext.inference.model_folder import check_folds, find_model_folder, parse_folds
     from nnunet_diffext.inference.predictor import Predictor
 
     folder = find_model_folder(args.d, args.c, args.tr, args.p, args.m)
     if args.remove:
-        print(f"Removed {folder / NAME}" if remove_calibration(folder) else f"There is no {folder / NAME}")
+        print("Removed" if remove_calibration(folder) else "There is no", folder / CALIBRATION)
         return 0
     folds = parse_folds(args.f)
     if "all" not in folds:

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from nnunet_diffext.files import FINAL
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``predict``."""
@@ -64,9 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-f", nargs="+", default=(0, 1, 2, 3, 4), metavar="FOLD", help="folds of the model (default: 0 1 2 3 4)"
     )
-    parser.add_argument(
-        "-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint (default: %(default)s)"
-    )
+    parser.add_argument("-chk", default=FINAL, metavar="FILE", help="checkpoint (default: %(default)s)")
     parser.add_argument("-device", default="cuda", help="cuda, cpu or mps (default: cuda)")
 
 

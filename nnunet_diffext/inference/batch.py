@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_diffext.data.image_checks import Case, check_case, collect_cases
+from nnunet_diffext.files import UNCERTAINTY
 from nnunet_diffext.inference.ensemble import Ensemble
-from nnunet_diffext.inference.export import MAPS, Output, to_case_result, write_case
+from nnunet_diffext.inference.export import Output, to_case_result, write_case
 from nnunet_diffext.inference.grid import ModelPlans, preprocess
 from nnunet_diffext.inference.images import map_ending
 from nnunet_diffext.inference.output_folder import prepare_folder
@@ -223,6 +224,6 @@ def _say(model: ModelPlans, output: Output, predictor: Predictor, todo: Sequence
     )
     ending = map_ending(model.plans.image_reader_writer_class, model.file_ending)
     if output.uncertainty and ending != model.file_ending:
-        print(f"{model.file_ending} cannot hold floats: the maps in {MAPS}/ are {ending} files.")
+        print(f"{model.file_ending} cannot hold floats: the maps in {UNCERTAINTY}/ are {ending} files.")
     if output.uncertainty and predictor.members == 1:
         print("There is a single member: mutual information and variance are 0. The entropy is that of the network.")

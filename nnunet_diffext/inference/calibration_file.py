@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffext.data.dataset import load_json
-from nnunet_diffext.files import write_atomically
+from nnunet_diffext.files import CALIBRATION, write_atomically
 
-NAME = "calibration.json"
 COMPARED = ("folds", "checkpoint", "mirroring", "step_size", "samples", "steps", "sampler")
 """Settings that change probabilities; another seed draws from the same distribution."""
 
@@ -23,7 +22,7 @@ def read_calibration(model_folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: damaged, or its temperature is no positive number.
     """
-    file = model_folder / NAME
+    file = model_folder / CALIBRATION
     if not file.is_file():
         return None
     content = load_json(file, "")
@@ -53,11 +52,11 @@ def check_writable(model_folder: Path) -> None:
     Raises:
         ValueError: it cannot, with the way out.
     """
-    file = model_folder / NAME
+    file = model_folder / CALIBRATION
     try:
         if file.is_dir():
             raise IsADirectoryError(f"there is a folder {file}")
-        probe = model_folder / f".{NAME}.{os.getpid()}.incomplete"
+        probe = model_folder / f".{CALIBRATION}.{os.getpid()}.incomplete"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -70,7 +69,7 @@ def write_calibration(model_folder: Path, content: Mapping[str, Any]) -> Path:
     Raises:
         ValueError: it cannot be written, with the way out.
     """
-    file = model_folder / NAME
+    file = model_folder / CALIBRATION
     try:
         write_atomically(file, json.dumps(content, indent=2))
     except OSError as error:
@@ -87,7 +86,7 @@ def _not_written(file: Path, error: OSError) -> ValueError:
 
 def remove_calibration(model_folder: Path) -> bool:
     """Delete the file; whether there was one."""
-    file = model_folder / NAME
+    file = model_folder / CALIBRATION
     existed = file.is_file()
     if existed:
         file.unlink()
@@ -100,8 +99,8 @@ def describe_use(content: Mapping[str, Any] | None, model_folder: Path, settings
         return []
     when = f", fitted {content['date']}" if "date" in content else ""
     lines = [
-        f"Temperature {content['temperature']:.4g} ({model_folder / NAME}{when}) is applied to all probabilities; "
-        "--no_temperature switches it off."
+        f"Temperature {content['temperature']:.4g} ({model_folder / CALIBRATION}{when}) is applied to all "
+        "probabilities; --no_temperature switches it off."
     ]
     fitted = content.get("settings", {})
     here = json.loads(json.dumps(settings))  # tuples become lists, as in the file

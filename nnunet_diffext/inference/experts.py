@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from nnunet_diffext.files import FINAL
 from nnunet_diffext.inference.grid import ModelPlans, preprocess, probabilities_to_original
 from nnunet_diffext.inference.members import mirror_combinations
 from nnunet_diffext.inference.model_folder import load_predictor
@@ -58,7 +59,7 @@ def expert_maps(
     image_files: Sequence[str],
     *,
     fold: int | str = 0,
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = FINAL,
     device: str = "cpu",
     mirroring: bool = True,
 ) -> dict[str, Any]:

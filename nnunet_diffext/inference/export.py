@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_diffext.files import UNCERTAINTY
 from nnunet_diffext.inference.ensemble import Ensemble
 from nnunet_diffext.inference.grid import ModelPlans, maps_to_original, probabilities_to_original
 from nnunet_diffext.inference.images import map_ending, write_map
 from nnunet_diffext.inference.quality import Scores, score_prediction, voxel_volume_ml
 from nnunet_diffext.inference.temperature import apply_temperature
 
-MAPS = "uncertainty"
 MAP_NAMES = ("entropy", "mutual_information", "variance")
 SAMPLES = "samples"
 _SIDE = re.compile(rf"sample\d+|{'|'.join(MAP_NAMES)}")
@@ -93,7 +93,7 @@ class Output:
         if self.uncertainty:
             ending = map_ending(model.plans.image_reader_writer_class, model.file_ending)
             for name in MAP_NAMES:
-                yield Path(MAPS) / f"{case}_{name}{ending}"
+                yield Path(UNCERTAINTY) / f"{case}_{name}{ending}"
         for m in range(self.samples):
             yield Path(SAMPLES) / f"{case}_sample{m:02d}{model.file_ending}"
         yield Path(f"{case}{model.file_ending}")
@@ -107,7 +107,7 @@ class Output:
         of this one."""
         prefix = f"{case}_"
         kept = {_kind(file, prefix) for file in self.files(model, case)}
-        for folder in (self.folder / MAPS, self.folder / SAMPLES):
+        for folder in (self.folder / UNCERTAINTY, self.folder / SAMPLES):
             for file in folder.glob("*") if folder.is_dir() else ():
                 if _SIDE.fullmatch(_kind(file, prefix)) and _kind(file, prefix) not in kept:
                     file.unlink()
@@ -136,7 +136,7 @@ def write_case(result: CaseResult, case: str, model: ModelPlans, output: Output)
                 np.savez_compressed(target, probabilities=result.probabilities)
             elif file.suffix == ".pkl":
                 target.write_bytes(pickle.dumps(result.properties))
-            elif file.parent.name == MAPS:
+            elif file.parent.name == UNCERTAINTY:
                 write_map(result.maps[_kind(file, f"{case}_")], target, reader, result.properties)
             else:
                 array = next(samples) if file.parent.name == SAMPLES else result.segmentation

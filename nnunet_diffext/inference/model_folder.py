@@ -13,8 +13,8 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
 from nnunet_diffext.data.dataset import dataset_name, nnunet_folder
+from nnunet_diffext.files import FINAL
 
-FINAL = "checkpoint_final.pth"
 STANDARD_FOLDS = (0, 1, 2, 3, 4)
 
 

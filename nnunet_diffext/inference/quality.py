@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from nnunet_diffext.files import write_atomically
+from nnunet_diffext.files import QUALITY, write_atomically
 
-FILES = ("quality.csv", "quality.json")
+FILES = (QUALITY, "quality.json")
 OVERALL = ("quality", "entropy", "mutual_information", "agreement")
 PER_LABEL = ("expected_dice", "volume_ml", "expected_volume_ml")
 EXPECTED_VOXELS, EXPECTED_FROM = 10, 0.05
@@ -137,7 +137,7 @@ class QualityTable:
         table = csv.DictWriter(text, columns, restval=math.nan)
         table.writeheader()
         table.writerows(_flat(case, scores) for case, scores in rows.items())
-        write_atomically(self.folder / "quality.csv", text.getvalue())
+        write_atomically(self.folder / QUALITY, text.getvalue())
         write_atomically(self.folder / "quality.json", json.dumps(content, indent=2))  # read by --continue_prediction
 
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from nnunet_diffext.data.dataset import load_json, nnunet_folder
 from nnunet_diffext.evaluation.task import Task
+from nnunet_diffext.files import UNCERTAINTY
 from nnunet_diffext.report.model import ReportedModel
-
-UNCERTAINTY = "uncertainty"
 
 
 class NoPictureError(ValueError):

@@ -13,9 +13,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
 from nnunet_diffext.data.dataset import load_json
 from nnunet_diffext.evaluation.task import Task, load_task
+from nnunet_diffext.files import CALIBRATION, FINAL
 
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
-CALIBRATION = "calibration.json"
+CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
 _STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d", re.MULTILINE)
 _SPLIT = re.compile(r"This split has (\d+) training and (\d+) validation cases")
 _POOL = re.compile(r"(\d+) labelled and (\d+) unlabelled training cases")

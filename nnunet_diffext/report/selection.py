@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-QUALITY = "quality.csv"
+from nnunet_diffext.files import QUALITY
 
 
 def mean_dice(row: Mapping[str, Any]) -> float:
