@@ -36,7 +36,7 @@ from nnunet_diffext.evaluation.provenance import provenance
 
 PLANS = "nnUNetPlansQ"
 CONFIGURATION = "3d_fullres"
-TABLE2 = ("CEonly", "DEonly", "fixedAverage", "noCACL_noIEFA", "noIEFA", "noCACL")
+TABLE2 = ("CEonly", "DEonly", "fixedAverage", "noCACL", "dmed", "noCACL_IEFA", "IEFA")
 STOCK = {"stock4": 0, "stock4long": 0, "stock64": 1}
 LABEL = "left atrium"
 

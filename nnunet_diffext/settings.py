@@ -120,7 +120,7 @@ def _check(f: Field, value: Any, owner: str) -> None:
     if value is None and (f.default is None or "None" in str(f.type)):
         return
     kind = str(f.type).split(" |")[0]
-    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind, object)
+    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list}[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind in ("int", "float")):
         raise SettingsError(f"{owner}.{f.name} must be of type {f.type}, got {value!r} ({f.metadata['doc']}).")
     if kind == "float" and not math.isfinite(value):

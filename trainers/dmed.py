@@ -22,17 +22,21 @@ class DMEDSettings(MethodSettings):
     """Settings of :class:`DMEDSegTrainer`. "Paper" is Xun and Ku 2026, doi:10.20944/preprints202601.0942.v1."""
 
     presets = {
-        "CEonly": ("convolutional expert alone, with SSL (Table 2, row 1)", {"experts": "ce", "lambda_iefa": 0.0}),
-        "DEonly": ("diffusion expert alone, with SSL (Table 2, row 2)", {"experts": "de", "lambda_iefa": 0.0}),
+        "CEonly": ("convolutional expert alone, with SSL (Table 2, row 1)", {"experts": "ce"}),
+        "DEonly": ("diffusion expert alone, with SSL (Table 2, row 2)", {"experts": "de"}),
         "fixedAverage": (
             "average of the experts' predictions, no unlabelled loss (Table 2, row 3)",
-            {"fusion": "average", "lambda_cac": 0.0, "lambda_iefa": 0.0},
+            {"fusion": "average", "lambda_cac": 0.0},
+        ),
+        "iefaUncertain": (
+            "feature alignment, most where the fused prediction is uncertain (section 3.6)",
+            {"lambda_iefa": 0.5, "iefa_uncertain": True},
         ),
         "paper": (
             "the paper's recipe: pseudo-labels without perturbation or teacher, features fused, SGD 0.9, 300 epochs",
             {
                 "copy_paste": 0.0, "strong_intensity": False, "ema_decay": 0.0, "momentum": 0.9, "epochs": 300,
-                "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0, "coupled": True,
+                "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0, "coupled": True, "lambda_iefa": 0.5,
             },
         ),
     }  # fmt: skip
@@ -50,14 +54,13 @@ class DMEDSettings(MethodSettings):
         number="cac#", switches={"noCACL": 0.0}, minimum=0,
     )  # fmt: skip
     lambda_iefa: float = setting(
-        0.5, "weight of inter-expert feature alignment (eq. 5, Table 5)",
-        number="iefa#", switches={"noIEFA": 0.0}, minimum=0,
+        0.0, "weight of inter-expert feature alignment (eq. 5, Table 5); 0.5 in the paper, where it did harm here",
+        number="iefa#", switches={"IEFA": 0.5}, minimum=0,
     )  # fmt: skip
     iefa_temperature: float = setting(0.1, "temperature of eq. 3", number="tau#", minimum=1e-3)
     iefa_uncertain: bool = setting(
-        False, "weigh locations of eq. 3 by 1 - confidence ('particularly in uncertain regions')",
-        switches={"iefaUncertain": True},
-    )  # fmt: skip
+        False, "weigh locations of eq. 3 by 1 - confidence ('particularly in uncertain regions')"
+    )
     confidence_threshold: float | None = setting(
         None, "count only pseudo-labels of higher confidence, unweighted (section 3.5, alternative)",
         number="threshold#", minimum=0, maximum=1,

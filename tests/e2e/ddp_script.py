@@ -23,8 +23,8 @@ from nnunet_diffext.trainers.configured import ConfiguredTrainer
 
 FULL = "DMEDSegTrainer_2epochs_2iters_1valiters_save1"
 VARIANTS = (
-    "noCACL", "noIEFA", "eq4", "CEonly", "DEonly", "fixedAverage", "paper", "halfDE", "TOnly", "noCopyPaste",
-    "recycle", "leaky", "eq4_featuresOnly_TOnly", "noCACL_noIEFA_TOnly_eq4", "iefaUncertain_oneDirection",
+    "noCACL", "IEFA", "eq4", "CEonly", "DEonly", "fixedAverage", "paper", "halfDE", "TOnly", "noCopyPaste",
+    "recycle", "leaky", "eq4_featuresOnly_TOnly", "noCACL_TOnly_eq4", "iefaUncertain_oneDirection",
 )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_log_names_the_data_and_one_curve_per_loss(trained: Path) -> None:
     assert "Xun, Z., Ku, Y. (2026)" in log
     logged = curves(trained / "fold_0" / "checkpoint_final.pth")
     parts = {k for k in logged if k.startswith("train_")}
-    assert parts == {f"train_{k}" for k in ("losses", "sup", "sup_experts", "cac", "cac_experts", "iefa", "diffusion")}
+    assert parts == {f"train_{k}" for k in ("losses", "sup", "sup_experts", "cac", "cac_experts", "diffusion")}
     assert {len(v) for v in logged.values()} == {1}
     assert all(np.isfinite(logged[k]).all() for k in parts)
 

@@ -268,7 +268,7 @@ def test_noised_masks(scale: float) -> None:
 
 
 # ------------------------------------------------------------------ as nnU-Net builds it
-@pytest.mark.parametrize("tokens", ["", "_CEonly", "_DEonly", "_fixedAverage", "_halfDE", "_noIEFA"])
+@pytest.mark.parametrize("tokens", ["", "_CEonly", "_DEonly", "_fixedAverage", "_halfDE", "_IEFA"])
 @pytest.mark.parametrize("kind", ["2d", "3d-aniso", "3d-aniso-resenc"])
 def test_state_dict_does_not_depend_on_deep_supervision(kind: str, tokens: str) -> None:
     trainer = find_trainer(f"DMEDSegTrainer{tokens}")

@@ -198,7 +198,7 @@ def test_older_plans_are_replaced_as_nnunet_does(
 
 def test_settings_in_the_base_plans_count(planned: Planned) -> None:
     base = planned.read("nnUNetPlans")
-    base["diffext"] = {"DMEDSegTrainer": {"experts": "ce", "lambda_iefa": 0.0}}
+    base["diffext"] = {"DMEDSegTrainer": {"experts": "ce"}}
     planned.write("nnUNetPlans", base)
     planners = [
         DMEDPlanner(NUMBER, 2, configurations=["3d_fullres"], trainer_name=name, plans_name=f"Plans{i}")

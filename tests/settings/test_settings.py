@@ -94,7 +94,8 @@ def test_survives_the_plans_file(settings: type[TrainingSettings]) -> None:
 def test_every_field_is_documented_and_checked(settings: type[TrainingSettings]) -> None:
     for f in fields(settings):
         assert len(f.metadata["doc"]) > 5, f.name
-        assert str(f.type).split(" |")[0] in ("int", "float", "bool", "str"), f"{f.name}: {f.type} is not checked"
+        checked = ("int", "float", "bool", "str", "dict", "list")
+        assert str(f.type).split(" |")[0] in checked, f"{f.name}: {f.type} is not checked"
         assert default_of(f) == getattr(settings(), f.name)
         with pytest.raises(SettingsError):
             settings(**{f.name: object()})

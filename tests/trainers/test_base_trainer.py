@@ -136,7 +136,7 @@ def test_teacher_stays_outside_of_the_network() -> None:
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
 
-@pytest.mark.parametrize(("tokens", "unlabeled"), [("noEMA", True), ("", False), ("noCACL_noIEFA", True)])
+@pytest.mark.parametrize(("tokens", "unlabeled"), [("noEMA", True), ("", False), ("noCACL", True)])
 def test_no_teacher_where_nobody_asks_it(tokens: str, unlabeled: bool) -> None:
     trainer = ready_trainer(tokens)
     trainer.train_step(make_batch(trainer, unlabeled=unlabeled))
@@ -196,7 +196,7 @@ def test_logged_curves_survive(tmp_path: Path) -> None:
     an_epoch(trainer)
     trainer.current_epoch += 1
     curves = trainer.logger.local_logger.my_fantastic_logging
-    assert {"train_sup", "train_cac", "train_iefa", "train_diffusion"} <= set(curves)
+    assert {"train_sup", "train_cac", "train_diffusion"} <= set(curves)
     trainer._log("train_late", 4.0)
     assert len(curves["train_late"]) == 2 and np.isnan(curves["train_late"][0])
     trainer.current_epoch -= 1
@@ -209,8 +209,8 @@ def test_logged_curves_survive(tmp_path: Path) -> None:
 
 def test_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
     file = str(tmp_path / "checkpoint_latest.pth")
-    ready_trainer("noIEFA").save_checkpoint(file)
-    with pytest.raises(CheckpointError, match="written by DMEDSegTrainer_noIEFA, not by DMEDSegTrainer_noCACL"):
+    ready_trainer("IEFA").save_checkpoint(file)
+    with pytest.raises(CheckpointError, match="written by DMEDSegTrainer_IEFA, not by DMEDSegTrainer_noCACL"):
         make_trainer("noCACL").load_checkpoint(file)
 
 

@@ -31,11 +31,11 @@ def at_progress(trainer: Any, progress: float) -> None:
 
 # ------------------------------------------------------------------ names and weights
 EXPECTED = {
-    "": {"sup", "sup_experts", "cac", "cac_experts", "iefa", "diffusion"},
-    "noCACL": {"sup", "sup_experts", "iefa", "diffusion"},
-    "noIEFA": {"sup", "sup_experts", "cac", "cac_experts", "diffusion"},
-    "noCACL_noIEFA": {"sup", "sup_experts", "diffusion"},
-    "TOnly": {"sup", "sup_experts", "cac", "cac_experts", "iefa"},
+    "": {"sup", "sup_experts", "cac", "cac_experts", "diffusion"},
+    "IEFA": {"sup", "sup_experts", "cac", "cac_experts", "iefa", "diffusion"},
+    "noCACL_IEFA": {"sup", "sup_experts", "iefa", "diffusion"},
+    "noCACL": {"sup", "sup_experts", "diffusion"},
+    "TOnly": {"sup", "sup_experts", "cac", "cac_experts"},
     "CEonly": {"sup", "sup_experts", "cac", "cac_experts"},
     "DEonly": {"sup", "sup_experts", "cac", "cac_experts", "diffusion"},
     "fixedAverage": {"sup", "sup_experts", "diffusion"},
@@ -125,7 +125,7 @@ def test_confidence_is_one_minus_the_normalised_entropy_of_the_fused_prediction(
 
 def test_no_gradient_through_confidence_and_pseudo_labels() -> None:
     """The gradient equals that of the same loss, written out with confidence and labels as literal numbers."""
-    trainer = ready_trainer("noEMA_noCopyPaste_noStrong_noIEFA_TOnly_coupled", labels=IGNORE)
+    trainer = ready_trainer("noEMA_noCopyPaste_noStrong_TOnly_coupled", labels=IGNORE)
     batch = unlabelled_alone(trainer)
     loss = losses_of(trainer, batch)["cac"]
     loss.backward()
@@ -176,7 +176,7 @@ def test_a_step_on_unlabelled_images_does_not_lower_the_confidence(tokens: str) 
 
 
 def test_no_voxel_above_the_threshold() -> None:
-    trainer = ready_trainer("threshold1_noIEFA_noCopyPaste", labels=IGNORE)
+    trainer = ready_trainer("threshold1_noCopyPaste", labels=IGNORE)
     losses = losses_of(trainer, unlabelled_alone(trainer))
     assert losses["cac"] == 0 and losses["cac_experts"] == 0
     sum(losses.values()).backward()
@@ -225,7 +225,7 @@ def test_every_voxel_is_labelled_or_pseudo_labelled(tokens: str, samples: int, l
 
 def test_without_consistency_nobody_makes_pseudo_labels() -> None:
     """The alignment still sees the unlabelled images, beside the labelled ones."""
-    trainer = ready_trainer("noCACL")
+    trainer = ready_trainer("noCACL_IEFA")
     batch = make_batch(trainer)
     clean, valid = trainer.label_space.encode(batch["target"])
     image, _, labeled, pseudo = trainer.with_unlabeled(batch["data"], clean, valid.float(), batch["unlabeled"])
@@ -285,7 +285,7 @@ def test_labels_of_unlabelled_cases_are_not_even_in_the_batch() -> None:
 
 def test_ignored_voxels_do_not_matter() -> None:
     """Their label value is the ignore label whatever lies beneath; the image there still takes part."""
-    trainer = ready_trainer("noCACL_noIEFA", labels=IGNORE)
+    trainer = ready_trainer("noCACL", labels=IGNORE)
     batch = make_batch(trainer, unlabeled=False)
     batch["target"][:, :, :8] = 2
     out = trainer.label_space.encode(batch["target"])
@@ -331,7 +331,7 @@ def test_diffusion_pass_uses_labelled_images_only() -> None:
 
 
 def test_uncertain_locations_weigh_more_in_the_alignment() -> None:
-    plain, weighted = ready_trainer(), ready_trainer("iefaUncertain")
+    plain, weighted = ready_trainer("IEFA"), ready_trainer("iefaUncertain")
     batch = make_batch(plain)
     weighted.network.load_state_dict(plain.network.state_dict())
     a, b = losses_of(plain, batch), losses_of(weighted, batch)
@@ -351,7 +351,7 @@ def test_uncertain_locations_weigh_more_in_the_alignment() -> None:
         ("oneDirection", True, False, True),
         ("", False, False, False),
         ("", False, True, True),
-        ("noCACL", True, False, False),
+        ("noCACL_IEFA", True, False, False),
         ("noCopyPaste", True, False, False),
         ("paper", True, True, True),
     ],
@@ -373,14 +373,14 @@ def test_dice_is_pooled_over_mixed_patches(tokens: str, unlabeled: bool, planned
 
 # ------------------------------------------------------------------ settings reach what they name
 def test_settings_are_recorded_in_the_plans() -> None:
-    trainer = make_trainer("paper_noIEFA_7epochs_3iters_lr1e-3_seed5")
+    trainer = make_trainer("paper_iefa0_7epochs_3iters_lr1e-3_seed5")
     recorded = trainer.plans_manager.plans["diffext"]
     assert recorded["DMEDSegTrainer"] == trainer.settings.as_dict()
     assert recorded["label_space"] == {"num_heads": 2, "regions": False, "ignore_label": None}
     assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.initial_lr) == (7, 3, 1e-3)
     s = recorded["DMEDSegTrainer"]
     assert (s["lambda_iefa"], s["copy_paste"], s["ema_decay"], s["momentum"], s["seed"]) == (0.0, 0.0, 0.0, 0.9, 5)
-    name = "DMEDSegTrainer_paper_noIEFA_7epochs_3iters_lr1e-3_seed5"
+    name = "DMEDSegTrainer_paper_iefa0_7epochs_3iters_lr1e-3_seed5"
     assert Path(trainer.output_folder_base).name == f"{name}__nnUNetPlans__2d"
 
 
@@ -388,7 +388,7 @@ def test_plans_block_is_the_default_and_the_name_wins() -> None:
     plans = make_trainer().plans_manager.plans
     plans["diffext"]["DMEDSegTrainer"].update(lambda_cac=0.25, lambda_iefa=0.75)
     plans["continue_training"] = False
-    trainer = make_trainer("noIEFA", plans=plans)
+    trainer = make_trainer("iefa0", plans=plans)
     assert (trainer.settings.lambda_cac, trainer.settings.lambda_iefa) == (0.25, 0.0)
 
 
@@ -439,7 +439,7 @@ def test_labeled_percent_moves_training_cases_to_the_unlabelled_ones(tokens: str
         ("halfDE", lambda n: len(n.de.encoder), 2),
         ("CEonly", lambda n: n.de, None),
         ("DEonly", lambda n: n.ce, None),
-        ("noIEFA", lambda n: n.project, None),
+        ("", lambda n: n.project, None),
     ],
 )
 def test_settings_reach_the_network(tokens: str, read: Any, value: Any) -> None:
@@ -449,7 +449,7 @@ def test_settings_reach_the_network(tokens: str, read: Any, value: Any) -> None:
 @pytest.mark.parametrize(("tokens", "term"), [("tau0p5", "iefa"), ("recycle", "diffusion")])
 def test_settings_reach_the_losses(tokens: str, term: str) -> None:
     """Same weights, batch and random numbers: that term changes."""
-    plain, other = ready_trainer("noEMA"), ready_trainer(f"noEMA_{tokens}")
+    plain, other = ready_trainer("IEFA_noEMA"), ready_trainer(f"IEFA_noEMA_{tokens}")
     other.network.load_state_dict(plain.network.state_dict())
     batch = make_batch(plain)
     a, b = losses_of(plain, batch), losses_of(other, batch)
