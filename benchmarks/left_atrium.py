@@ -10,6 +10,10 @@ training is the command that is printed. A run is a pair of trainer name and fol
     stock4long  stock nnU-Net, 4 labels, --wallclock-ratio times as many epochs
     dmed        DMEDSegTrainer                       TOKENS      DMEDSegTrainer_TOKENS: noCACL, CEonly, ...
     tune:RUN    the same on fold 2, which holds none of the 16 validation volumes, neither as images nor as labels
+    all:RUN     the same on fold 1, all 64 labels
+    LEAFTrainer_noAlign, PGRDTrainer, ...    any other trainer of the package, with its tokens
+
+Trainings that build on others find them through nnUNet_diffext_prior and nnUNet_diffext_codec, as always.
 
 Runs that are finished are not repeated. Results are added to --out after every run.
 """
@@ -33,11 +37,15 @@ from nnunet_diffext.demo.commands import CommandResult, EpochReport, nnunet_envi
 from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
 from nnunet_diffext.evaluation.metrics import METRICS, json_ready
 from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.trainers import TRAINERS
+from nnunet_diffext.variants import split_name
 
 PLANS = "nnUNetPlansQ"
 CONFIGURATION = "3d_fullres"
 TABLE2 = ("CEonly", "DEonly", "fixedAverage", "noCACL", "dmed", "noCACL_IEFA", "IEFA")
 STOCK = {"stock4": 0, "stock4long": 0, "stock64": 1}
+FOLDS = {"tune": 2, "all": 1}
+RECONSTRUCTION = "reconstruction.json"
 LABEL = "left atrium"
 
 
@@ -129,20 +137,23 @@ def make_run(name: str, seed: int, epochs: int, iterations: int, wallclock_ratio
     """Resolve a run name (module docstring) to a trainer name and fold.
 
     Raises:
-        ValueError: ``stock4long`` without --wallclock-ratio, or ``tune:`` before a run that has no tuning fold.
+        ValueError: ``stock4long`` without --wallclock-ratio, or a prefix that does not go with the run.
     """
-    plain = name.removeprefix("tune:")
+    prefix, _, plain = name.rpartition(":")
     fold = STOCK.get(plain, 0)
-    if name.startswith("tune:"):
-        if fold != 0:
-            raise ValueError(f"'{name}': fold 2 has 4 labels, so there is no tuning variant of '{plain}'")
-        fold = 2
+    if prefix:
+        if fold != 0 or prefix not in FOLDS:
+            raise ValueError(f"'{name}': write one of {', '.join(FOLDS)} before ':', and none before stock64")
+        fold = FOLDS[prefix]
     if plain == "stock4long":
         if wallclock_ratio is None:
             raise ValueError("stock4long needs --wallclock-ratio: seconds per epoch of dmed over those of stock4")
         epochs = round(epochs * wallclock_ratio)
-    base = "nnUNetTrainer" if plain in STOCK else "DMEDSegTrainer"
-    tokens = [] if plain in STOCK or plain == "dmed" else [plain]
+    base, tokens = "DMEDSegTrainer", [plain]
+    if split_name(plain, TRAINERS) is not None:
+        base, tokens = plain, []
+    elif plain in (*STOCK, "dmed"):
+        base, tokens = "nnUNetTrainer" if plain in STOCK else base, []
     budget = [f"{epochs}epochs", f"{iterations}iters", "5valiters", f"seed{seed}"]
     return Run(name, "_".join([base, *tokens, *budget]), fold, seed, epochs)
 
@@ -157,7 +168,7 @@ def train(run: Run, dataset: str, env: dict[str, str], work: Path) -> tuple[Path
     """Train unless the final validation of this run exists. Returns the fold folder and what was measured."""
     output = Path(env["nnUNet_results"]) / dataset / f"{run.trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{run.fold}"
     record = output / "benchmark_run.json"
-    if (output / "validation" / "summary.json").is_file() and record.is_file():
+    if record.is_file() and any((output / "validation" / name).is_file() for name in ("summary.json", RECONSTRUCTION)):
         print(f"{run.name} seed {run.seed}: finished before, not repeated ({output})", flush=True)
         return output, load_json(record)
     if output.is_dir():
@@ -242,6 +253,10 @@ def main() -> int:
         return 0
     for run in runs:
         output, measured = train(run, args.data.resolve().name, env, args.work)
+        reconstruction = output / "validation" / RECONSTRUCTION
+        if reconstruction.is_file():  # an autoencoder segments nothing
+            print(f"{run.name} seed {run.seed}: reconstruction {load_json(reconstruction)}", flush=True)
+            continue
         entry = evaluate(run, output, measured, args.data.resolve(), args.out)
         print(f"{run.name} seed {run.seed}: Dice {entry['mean']['dice']:.4f}", flush=True)
     print(comparison_table(load_json(args.out)))
