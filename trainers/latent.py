@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from nnunet_diffext.data.dataset import foreground_labels
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, too_lossy
-from nnunet_diffext.stages import StageError
+from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.averaged import AveragedTrainer
 from nnunet_diffext.trainers.staged import StagedTrainer
 
@@ -37,6 +37,15 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
     def codec_is_frozen(self) -> bool:
         """Whether the codec stays as it was found."""
         return True
+
+    def _fitting_stage(self) -> Stage:
+        stage = super()._fitting_stage()
+        if "scale.mean" not in stage.weights:
+            raise StageError(
+                f"{stage.folder} was trained by {stage.trainer_name}, which is no autoencoder of masks. "
+                "Train one with -tr MaskAutoencoderTrainer."
+            )
+        return stage
 
     def preflight(self) -> None:
         """Reconstruct the labels of training patches.

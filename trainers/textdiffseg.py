@@ -121,6 +121,10 @@ class TextDiffSegSettings(AdamSettings):
             raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
         if self.two_stage and (self.simple_labels or not self.stop_gradient):
             raise SettingsError("'twoStage' trains no label encoder: leave out 'zeta3' and 'throughEncoder'.")
+        if self.lambda_anchor == 0 and self.stop_gradient and not (self.two_stage or self.simple_labels):
+            raise SettingsError(
+                "Without anchor, nothing would train the label encoder: add the token 'throughEncoder' to 'anchor0'."
+            )
 
 
 class TextDiffSegTrainer(AdamTrainer, LatentTrainer):

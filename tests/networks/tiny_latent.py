@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, Kind, make_architecture, make_trainer
+from tiny import KINDS, Kind, make_architecture, make_batch, make_trainer
 from tiny_prior import finish
 from torch import Tensor, nn
 
@@ -114,6 +114,26 @@ def save_codec(tokens: str = "", kind: str | Kind = FLAT, **options: Any) -> Pat
     with torch.no_grad():
         trainer.network.train()(onehot_of(kind, heads=heads).bool())
     return finish(trainer)
+
+
+def leaf(tokens: str, kind: str | Kind = FLAT, *, codec: bool = True, **options: Any) -> Any:
+    """LEAF's trainer in training mode, on :func:`save_codec` if ``codec``."""
+    if codec:
+        save_codec(kind=kind, **options)
+    trainer = make_trainer(tokens, kind, base="LEAFTrainer", **options)
+    trainer.initialize()
+    trainer.network.train()
+    return trainer
+
+
+def batch_of(trainer: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Random images and labels of a trainer's dataset."""
+    return make_batch(trainer, unlabeled=False, seed=seed)
+
+
+def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
+    """Names of the parameters that have other values now."""
+    return {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
 
 
 def offline(patch: pytest.MonkeyPatch, folder: Path) -> None:
