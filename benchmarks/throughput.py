@@ -5,8 +5,8 @@
 
 Steps of all trainers alternate in one process, so that a busy machine slows them alike; medians are reported, and only
 their ratios mean anything. Training steps run on random batches of the planned size (DMED-Seg with as many unlabelled
-patches). Prediction is one forward pass of one patch without mirroring. PGRD's prior is the planned U-Net, LEAF is timed
-without its teacher, TextDiffSeg with random text. Peak memory is that of a process per trainer.
+patches). Prediction is one forward pass of one patch without mirroring. PGRD's prior is the planned U-Net, LEAF has no
+teacher, TextDiffSeg random text. Peak memory is that of a process per trainer.
 """
 
 from __future__ import annotations

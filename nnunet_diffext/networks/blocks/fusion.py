@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from nnunet_diffext.diffusion.schedules import autocast_off
+
 
 class FusionOutput(NamedTuple):
     """Fused logits ``(B, K, *patch)``; expert weights ``(B, 2, *)`` per scale, finest first, which sum to one."""
@@ -93,7 +95,7 @@ class DynamicFusion(nn.Module):
 
     def scale_weights(self, scale: int, de: Tensor, ce: Tensor) -> Tensor:
         """Weights of the two experts, ``(B, 2, *)``, from their features ``(B, C, *)`` at one scale. Always fp32."""
-        with torch.autocast(de.device.type, enabled=False):
+        with autocast_off(de.device):
             tokens = torch.stack(
                 [self.project_de[scale](_flat(de).float()), self.project_ce[scale](_flat(ce).float())], dim=2
             )  # (B, N, 2, d)
