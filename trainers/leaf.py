@@ -213,16 +213,21 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
             self.projector = DistributedDataParallel(self.projector)
         return chain(super().trainable(), self.projector.parameters())
 
+    @property
+    def _plain_projector(self) -> nn.Module:
+        """Without its DDP wrapper, so that a checkpoint does not depend on the number of GPUs."""
+        return self.projector.module if self.is_ddp else self.projector
+
     def extra_checkpoint(self) -> dict[str, Any]:
         """Also the projector."""
         extra = super().extra_checkpoint()
-        return extra if self.projector is None else {**extra, "diffext_projector": self.projector.state_dict()}
+        return extra if self.projector is None else {**extra, "diffext_projector": self._plain_projector.state_dict()}
 
     def restore_extra(self, checkpoint: Mapping[str, Any]) -> None:
         """Also the projector."""
         super().restore_extra(checkpoint)
         if self.projector is not None and "diffext_projector" in checkpoint:
-            self.projector.load_state_dict(checkpoint["diffext_projector"])
+            self._plain_projector.load_state_dict(checkpoint["diffext_projector"])
 
     # ------------------------------------------------------------------ losses
     def loss_weights(self) -> Mapping[str, float]:
