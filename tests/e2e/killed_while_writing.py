@@ -9,7 +9,7 @@ import sys
 from nnunetv2.run.run_training import run_training
 from workspace import CPU
 
-from nnunet_diffext import checkpoints
+from nnunet_diffext import files
 
 _flush = os.fsync
 _calls = 0
@@ -24,5 +24,5 @@ def die_in_the_second_write(descriptor: int) -> None:
     _flush(descriptor)
 
 
-checkpoints.os.fsync = die_in_the_second_write
+files.os.fsync = die_in_the_second_write
 run_training(sys.argv[1], "3d_fullres", 0, sys.argv[2], device=CPU)
