@@ -29,7 +29,7 @@ class DemoOptions:
     """Size of the demo. ``epochs`` times ``iterations`` optimiser steps are given to each of the two trainers."""
 
     out: Path
-    epochs: int = 14
+    epochs: int = 10
     iterations: int = 50
     labeled: int = 6
     unlabeled: int = 16
