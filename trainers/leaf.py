@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffext.diffusion import LabelSpace
@@ -23,8 +22,9 @@ from nnunet_diffext.networks.leaf import LEAFNet, LEAFOutput
 from nnunet_diffext.networks.sampling import Sampling
 from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
 from nnunet_diffext.pretrained.vision import PatchTeacher, load_teacher, teacher_images
-from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
-from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
+from nnunet_diffext.settings import PLANS_KEY, setting
+from nnunet_diffext.trainers.adam import AdamTrainer
+from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.latent import LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 
@@ -34,7 +34,7 @@ CODEC_VARIABLE = "nnUNet_diffext_codec"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LEAFSettings(AdamSettings):
+class LEAFSettings(DiffusionSettings):
     """Settings of :class:`LEAFTrainer`. "Paper" is Huang et al., MICCAI 2025."""
 
     presets = {
@@ -64,16 +64,9 @@ class LEAFSettings(AdamSettings):
         0.95, "Dice that the codec must reach for every label on training patches", number="preflight#",
         minimum=0, maximum=1,
     )  # fmt: skip
-    kind: str = setting("x0", "what the U-Net predicts (section 2.1)", choices=("x0", "v", "eps"), switches={"v": "v"})
     schedule: str = setting(
         "latent_linear", "noise schedule; latent_linear is that of the authors' code",
         choices=("latent_linear", "scaled_linear", "linear", "cosine"), switches={"cosine": "cosine"},
-    )  # fmt: skip
-    timesteps: int = setting(1000, "T, length of the schedule", number="T#", minimum=2)
-    zero_terminal_snr: bool = setting(True, "rescale the schedule to end in pure noise", switches={"noZeroSNR": False})
-    terminal_share: float = setting(
-        0.25, "share of the training samples at t = T, from where predictions are made", number="terminal#",
-        switches={"TOnly": 1.0}, minimum=0, maximum=1,
     )  # fmt: skip
     squared: bool = setting(False, "squared error on the latents instead of eq. 4's L1", switches={"l2": True})
     lambda_seg: float = setting(
@@ -111,17 +104,6 @@ class LEAFSettings(AdamSettings):
         0.999, "decay of the average of all weights, which is the result; 0: none", number="ema#",
         switches={"noEMA": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
-
-    samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
-    steps: int = setting(1, "U-Net evaluations per sample", number="#steps", minimum=1)
-    noise_seed: int = setting(0, "seed of the noise at prediction (Table 4)", number="noise#", minimum=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kind == "eps" and self.zero_terminal_snr:
-            raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
-        if self.steps > self.timesteps:
-            raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
 
 
 class LEAFTrainer(AdamTrainer, LatentTrainer):
@@ -238,9 +220,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         """``latent`` (eq. 4), ``align`` (eq. 5), ``sup``: Dice + CE of the decoded estimate."""
         clean, valid = self.label_space.encode(batch["target"])
         out: LEAFOutput = self.network(batch["data"], clean=clean)
-        pool = adaptive_avg_pool3d if clean.ndim == 5 else adaptive_avg_pool2d
-        annotated = pool(valid.float(), out.target.shape[2:])
-        losses = {"latent": masked_error(out.prediction, out.target, annotated, squared=self.settings.squared)}
+        losses = {"latent": masked_error(out.prediction, out.target, valid, squared=self.settings.squared)}
         if self.settings.lambda_seg > 0:
             losses["sup"] = self.segmentation_loss(self.module.codec.decode(out.estimate), clean, valid * out.trust)
         if self.aligns:

@@ -12,13 +12,14 @@ from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_e
 from nnunet_diffext.networks.pgrd import PGRDNet, PGRDOutput
 from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
 from nnunet_diffext.settings import SettingsError, setting
-from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
+from nnunet_diffext.trainers.adam import AdamTrainer
+from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGRDSettings(AdamSettings):
+class PGRDSettings(DiffusionSettings):
     """Settings of :class:`PGRDTrainer`. "Paper" is Mao et al. 2025, arXiv 2509.01330."""
 
     presets = {
@@ -65,12 +66,6 @@ class PGRDSettings(AdamSettings):
     schedule: str = setting(
         "cosine", "noise schedule", choices=("cosine", "linear", "scaled_linear"), switches={"linear": "linear"}
     )
-    timesteps: int = setting(1000, "T, length of the schedule", number="T#", minimum=2)
-    zero_terminal_snr: bool = setting(True, "rescale the schedule to end in pure noise", switches={"noZeroSNR": False})
-    terminal_share: float = setting(
-        0.25, "share of the training samples at t = T, from where one-step predictions are made",
-        number="terminal#", switches={"TOnly": 1.0}, minimum=0, maximum=1,
-    )  # fmt: skip
     literal_eq10: bool = setting(False, "train on eq. 10 at its word (a curiosity)", switches={"literalEq10": True})
 
     levels: int = setting(3, "deep diffusion supervision on so many decoder levels", number="levels#", minimum=0)
@@ -92,8 +87,6 @@ class PGRDSettings(AdamSettings):
         choices=READOUTS, switches={"simplex": "simplex", "softmaxOut": "softmax"},
     )  # fmt: skip
     tau_out: float = setting(0.1, "temperature of the softmax read-out", number="tauout#", minimum=1e-3)
-    samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
-    steps: int = setting(1, "denoiser steps S per sample; 1: posterior mean", number="#steps", minimum=1)
     step_power: float = setting(
         3.0, "the k-th of S steps starts at T (1 - (k/S)^power): 1 is evenly spaced, larger is denser near T, where it "
         "is decided which structures there are", number="power#", switches={"evenSteps": 1.0}, minimum=1,
@@ -105,16 +98,11 @@ class PGRDSettings(AdamSettings):
             "eq5literal": "eq5_literal",
         },
     )  # fmt: skip
-    noise_seed: int = setting(0, "seed of the noise at prediction", number="noise#", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind == "eps" and self.zero_terminal_snr:
-            raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
         if self.readout == "heads" and self.levels == 0:
             raise SettingsError("readout 'heads' needs levels >= 1; use the token 'simplex' or 'softmaxOut'.")
-        if self.steps > self.timesteps:
-            raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
 
 
 class PGRDTrainer(AdamTrainer, GuidedTrainer):

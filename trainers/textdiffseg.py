@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from nnunet_diffext.data.dataset import foreground_labels
 from nnunet_diffext.data.prompts import prompts_for
-from nnunet_diffext.inference.reconstruction import ReconstructionDice
+from nnunet_diffext.inference.reconstruction import ReconstructionDice, label_share
 from nnunet_diffext.losses.diffusion import masked_error
 from nnunet_diffext.networks.sampling import SAMPLERS, Sampling
 from nnunet_diffext.networks.textdiffseg import TEXT_FUSIONS, LabelCodec, TextDiffSegNet, TextDiffSegOutput
-from nnunet_diffext.pretrained.text import TextTokens, encode_texts
+from nnunet_diffext.pretrained.text import TextTokens, encode_texts, mean_token
 from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
-from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
+from nnunet_diffext.trainers.adam import AdamTrainer
+from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.latent import LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 
@@ -27,7 +28,7 @@ RANDOM_TEXT = (8, 768)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextDiffSegSettings(AdamSettings):
+class TextDiffSegSettings(DiffusionSettings):
     """Settings of :class:`TextDiffSegTrainer`. "Paper" is Ma 2025 (arXiv)."""
 
     presets = {
@@ -81,16 +82,6 @@ class TextDiffSegSettings(AdamSettings):
     denoiser_width: float = setting(
         0.5, "channels of the denoiser, relative to the plan; it runs at every step", number="denoiser#", minimum=0.01
     )
-    kind: str = setting("x0", "what the denoiser predicts", choices=("x0", "v", "eps"), switches={"v": "v"})
-    schedule: str = setting(
-        "cosine", "noise schedule", choices=("cosine", "linear", "scaled_linear"), switches={"linear": "linear"}
-    )
-    timesteps: int = setting(1000, "T, length of the schedule", number="T#", minimum=2)
-    zero_terminal_snr: bool = setting(True, "rescale the schedule to end in pure noise", switches={"noZeroSNR": False})
-    terminal_share: float = setting(
-        0.25, "share of the training samples at t = T, where sampling starts; the others are uniform",
-        number="terminal#", switches={"TOnly": 1.0}, minimum=0, maximum=1,
-    )  # fmt: skip
     lambda_diffusion: float = setting(1.0, "lambda of eq. 6", number="lambda#", minimum=0)
     gamma: float = setting(1.0, "weight of Dice in eq. 4", number="gamma#", minimum=0)
     lambda_anchor: float = setting(
@@ -108,17 +99,11 @@ class TextDiffSegSettings(AdamSettings):
         switches={"noEMA": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
 
-    samples: int = setting(1, "samples M that a prediction averages", number="#samples", minimum=1)
     steps: int = setting(10, "denoiser steps S per sample", number="#steps", minimum=1)
     sampler: str = setting("ddim", "sampler", choices=SAMPLERS[:3], switches={"ddpm": "ddpm", "dpmpp": "dpm++"})
-    noise_seed: int = setting(0, "seed of the noise at prediction, and of random text", number="noise#", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind == "eps" and self.zero_terminal_snr:
-            raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
-        if self.steps > self.timesteps:
-            raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
         if self.two_stage and (self.simple_labels or not self.stop_gradient):
             raise SettingsError("'twoStage' trains no label encoder: leave out 'zeta3' and 'throughEncoder'.")
         if self.lambda_anchor == 0 and self.stop_gradient and not (self.two_stage or self.simple_labels):
@@ -233,10 +218,9 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
         clean, valid = self.label_space.encode(batch["target"])
         out: TextDiffSegOutput = self.network(batch["data"], clean=clean)
         gamma = {"dice_weight": self.settings.gamma}
-        annotated = self.module.pool(valid.float(), out.target.shape[2:])
         losses = {
             "sup": self.segmentation_loss(out.logits, clean, valid * out.trust, **gamma),
-            "diffusion": masked_error(out.prediction, out.target, annotated),
+            "diffusion": masked_error(out.prediction, out.target, valid),
         }
         if out.reconstruction is not None and self.settings.lambda_anchor > 0:
             losses["anchor"] = self.segmentation_loss(out.reconstruction, clean, valid, **gamma)
@@ -263,16 +247,3 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
         self.print_to_log_file(f"Labels reconstructed: {said}; share of latent variance between cases {share:.3f}")
         self._log("label_variance_share", share)
         self._reconstruction = None
-
-
-def mean_token(text: TextTokens) -> TextTokens:
-    """The mean of all tokens of all prompts, as the only token (eq. 1)."""
-    share = text.mask.float() / text.mask.sum()
-    return TextTokens((share[..., None] * text.states).sum((0, 1)).view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool))
-
-
-def label_share(latents: Tensor) -> float:
-    """Variance between the samples of a batch, relative to all variance; 0 where latents do not depend on the label."""
-    if len(latents) < 2:
-        return float("nan")
-    return float(latents.float().var(0, unbiased=False).mean() / latents.float().var(unbiased=False).clamp_min(1e-8))

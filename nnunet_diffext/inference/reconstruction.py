@@ -45,3 +45,10 @@ class ReconstructionDice:
 def too_lossy(dice: Sequence[float], names: Sequence[str], least: float) -> Mapping[str, float]:
     """Labels whose reconstruction is worse than ``least``. Labels that were not seen are not judged."""
     return {name: d for name, d in zip(names, dice, strict=True) if d < least}
+
+
+def label_share(latents: Tensor) -> float:
+    """Variance between the samples of a batch, relative to all variance; 0 where latents do not depend on the label."""
+    if len(latents) < 2:
+        return float("nan")
+    return float(latents.float().var(0, unbiased=False).mean() / latents.float().var(unbiased=False).clamp_min(1e-8))

@@ -16,9 +16,12 @@ def masked_error(prediction: Tensor, target: Tensor, valid: Tensor, *, squared: 
 
     Args:
         prediction, target: ``(B, K, *)``.
-        valid: ``(B, 1, *)``, bool or weights.
+        valid: ``(B, 1, *)``, bool or weights; averaged to the grid of the prediction, if it is finer.
     """
     valid = valid.float()
+    if valid.shape[2:] != prediction.shape[2:]:
+        pool = adaptive_avg_pool3d if prediction.ndim == 5 else adaptive_avg_pool2d
+        valid = pool(valid, prediction.shape[2:])
     difference = prediction.float() - target.float()
     error = (difference.square() if squared else difference.abs()).mean(1, keepdim=True)
     return (valid * error).sum() / valid.sum().clamp_min(1e-5)

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule
-from nnunet_diffext.diffusion.parameterization import PredictionKind, target, to_x0
+from nnunet_diffext.diffusion.parameterization import PredictionKind
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.norm import LayerNorm
-from nnunet_diffext.networks.diffusion_net import DiffusionNet
 from nnunet_diffext.networks.latent import LatentEncoder
-from nnunet_diffext.networks.sampling import Sampling, draw
-from nnunet_diffext.networks.unet import ConditionalUNet
-
-TRUSTED_SIGNAL = 0.1
-"""alpha_t from which on predicted noise counts fully in losses on the estimate, which it enters divided by alpha_t."""
+from nnunet_diffext.networks.latent_diffusion import LatentDiffusionNet
+from nnunet_diffext.networks.sampling import Sampling
+from nnunet_diffext.networks.unet import ConditionalUNet, UNetOutput
 
 
 class LEAFOutput(NamedTuple):
@@ -37,7 +34,7 @@ class LEAFOutput(NamedTuple):
     features: Tensor
 
 
-class LEAFNet(DiffusionNet):
+class LEAFNet(LatentDiffusionNet):
     """Frozen mask codec, trainable image encoder, time-conditioned U-Net on ``concat(z_x, z_t)`` (Fig. 1).
 
     The U-Net's stages are those that nnU-Net planned below the codec's resolution. Only masks pass through the decoder,
@@ -75,9 +72,9 @@ class LEAFNet(DiffusionNet):
         clip_latents: bool = False,
         sampling: Sampling | None = None,
     ) -> None:
-        super().__init__(label_space, NoiseSchedule(schedule, timesteps, zero_terminal_snr), sampling, terminal_share)
-        self.kind, self.clip_latents = kind, clip_latents
-        self.codec = codec.eval().requires_grad_(False)
+        noise_schedule = NoiseSchedule(schedule, timesteps, zero_terminal_snr)
+        super().__init__(codec, True, kind, label_space, noise_schedule, sampling, terminal_share)
+        self.clip_latents = clip_latents
         if hasattr(codec, "image_encoder"):
             image_latents, self.encoder = codec.channels, codec.image_encoder()
         else:
@@ -87,16 +84,6 @@ class LEAFNet(DiffusionNet):
         self.align_level = min(align_level, len(below.features) - 1)
         self.align_channels = below.features[self.align_level]
         self.unet = ConditionalUNet(below, image_latents, codec.channels, codec.channels)
-
-    @property
-    def noise_channels(self) -> int:
-        """Channels of the mask latents."""
-        return self.codec.channels
-
-    @property
-    def noise_stride(self) -> tuple[int, ...]:
-        """Of the latents."""
-        return self.codec.stride
 
     @torch.no_grad()
     def start_from_codec(self) -> int:
@@ -108,12 +95,6 @@ class LEAFNet(DiffusionNet):
         self.encoder.load_state_dict(same, strict=False)
         return len(same)
 
-    def train(self, mode: bool = True) -> LEAFNet:
-        """The codec stays in eval mode."""
-        super().train(mode)
-        self.codec.eval()
-        return self
-
     def forward(self, image: Tensor, *, clean: Tensor | None = None) -> Tensor | LEAFOutput:
         """Logits ``(B, K, *patch)`` in eval mode; in training mode what the losses need.
 
@@ -123,17 +104,9 @@ class LEAFNet(DiffusionNet):
         """
         if not self.training:
             return self.label_space.log_probabilities(self.probabilities(image))
-        z0 = self.encode_masks(clean)
-        t = self.random_timesteps(len(image), image.device)
-        noise = torch.randn_like(z0)
-        z_t = self.schedule.add_noise(z0, noise, t)
-        out = self.unet(self.encoder(image), z_t, t)
-        prediction = out.logits.float()
-        alpha, _ = self.schedule.marginal(t, image.ndim)
-        wanted = target(self.kind, z0, noise, t, self.schedule)
-        estimate = to_x0(prediction, z_t, t, self.schedule, self.kind)
-        trust = (alpha / TRUSTED_SIGNAL).square().clamp(max=1) if self.kind == "eps" else torch.ones_like(alpha)
-        return LEAFOutput(prediction, wanted, estimate, trust, out.encoder[self.align_level])
+        out = self.diffuse(self.known(image), self.encode_masks(clean))
+        features = out.unet.encoder[self.align_level]
+        return LEAFOutput(out.prediction, out.target, out.estimate, out.trust, features)
 
     @torch.no_grad()
     def encode_masks(self, clean: Tensor) -> Tensor:
@@ -144,13 +117,10 @@ class LEAFNet(DiffusionNet):
         """``z_x``."""
         return self.encoder(image)
 
-    def draw_probabilities(self, known: Tensor, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
-        """See :class:`DiffusionNet`."""
+    def denoise(self, known: Tensor, z_t: Tensor, t: Tensor) -> UNetOutput:
+        """See :class:`LatentDiffusionNet`."""
+        return self.unet(known, z_t, t)
 
-        def model(z: Tensor, t: Tensor) -> Tensor:
-            return self.unet(known, z, t).logits
-
-        z0 = draw(model, noise, self.schedule, steps, sampler, seed, kind=self.kind)
-        if self.clip_latents:
-            z0 = z0.clamp(-1, 1)
-        return self.label_space.probabilities(self.codec.decode(z0))
+    def clean_latents(self, estimate: Tensor) -> Tensor:
+        """Clamped only if ``clip_latents``."""
+        return estimate.clamp(-1, 1) if self.clip_latents else estimate

@@ -9,17 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule
-from nnunet_diffext.diffusion.parameterization import PredictionKind, target, to_x0
+from nnunet_diffext.diffusion.parameterization import PredictionKind
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.attention import SelfAttention, TextAttention, TextConcatenation
 from nnunet_diffext.networks.blocks.norm import LayerNorm, standardise_sample
-from nnunet_diffext.networks.diffusion_net import DiffusionNet
 from nnunet_diffext.networks.latent import LatentDecoder, LatentEncoder
-from nnunet_diffext.networks.sampling import Sampling, draw
-from nnunet_diffext.networks.unet import ConditionalUNet
+from nnunet_diffext.networks.latent_diffusion import LatentDiffusionNet
+from nnunet_diffext.networks.sampling import Sampling
+from nnunet_diffext.networks.unet import ConditionalUNet, UNetOutput
 
-TRUSTED_SIGNAL = 0.1
-"""alpha_t from which on the segmentation loss counts fully. Below, predicted noise is divided by less than that."""
 TEXT_FUSIONS = ("attention", "concatenation")
 
 
@@ -101,7 +99,7 @@ class Denoiser(ConditionalUNet):
         return self.attention(x) if level == len(self.encoder) - 1 else x
 
 
-class TextDiffSegNet(DiffusionNet):
+class TextDiffSegNet(LatentDiffusionNet):
     """Latent diffusion guided by image and text (Ma 2025, Fig. 1).
 
     Args:
@@ -147,12 +145,10 @@ class TextDiffSegNet(DiffusionNet):
         decoder_noise: float = 0.1,
         sampling: Sampling | None = None,
     ) -> None:
-        super().__init__(label_space, NoiseSchedule(schedule, timesteps, zero_terminal_snr), sampling, terminal_share)
+        noise_schedule = NoiseSchedule(schedule, timesteps, zero_terminal_snr)
+        super().__init__(codec, frozen_codec, kind, label_space, noise_schedule, sampling, terminal_share)
         a, conv = architecture, architecture.conv_op
-        self.kind, self.stop_gradient, self.decoder_noise = kind, stop_gradient, decoder_noise
-        self.codec, self.frozen_codec = codec, frozen_codec
-        if frozen_codec:
-            codec.eval().requires_grad_(False)
+        self.stop_gradient, self.decoder_noise = stop_gradient, decoder_noise
         latents = image_latents or codec.channels
         width = a.features[codec.level]
         self.pool = adaptive_avg_pool3d if conv is nn.Conv3d else adaptive_avg_pool2d
@@ -167,23 +163,6 @@ class TextDiffSegNet(DiffusionNet):
         )
         self.register_buffer("tokens", torch.zeros(text_shape))
         self.register_buffer("token_mask", torch.ones(text_shape[:2], dtype=torch.bool))
-
-    @property
-    def noise_channels(self) -> int:
-        """Channels of the label latents."""
-        return self.codec.channels
-
-    @property
-    def noise_stride(self) -> tuple[int, ...]:
-        """Of the latents."""
-        return self.codec.stride
-
-    def train(self, mode: bool = True) -> TextDiffSegNet:
-        """A frozen codec stays in eval mode."""
-        super().train(mode)
-        if self.frozen_codec:
-            self.codec.eval()
-        return self
 
     def known(self, image: Tensor) -> Tensor:
         """``z_it``: image features that have attended to the text, ``(B, image_latents, *latent)``."""
@@ -212,17 +191,10 @@ class TextDiffSegNet(DiffusionNet):
             return self.label_space.log_probabilities(self.probabilities(image))
         own = self.codec.encode(clean)
         z0 = own.detach() if self.stop_gradient else own
-        t = self.random_timesteps(len(image), image.device)
-        noise = torch.randn_like(z0)
-        z_t = self.schedule.add_noise(z0, noise, t)
-        prediction = self.denoiser(self.known(image), z_t, t).logits.float()
-        wanted = target(self.kind, z0, noise, t, self.schedule)
-        estimate = to_x0(prediction, z_t, t, self.schedule, self.kind)
-        alpha, _ = self.schedule.marginal(t, image.ndim)
-        trust = (alpha / TRUSTED_SIGNAL).square().clamp(max=1) if self.kind == "eps" else torch.ones_like(alpha)
+        out = self.diffuse(self.known(image), z0)
         reconstruction = None if self.frozen_codec else self.codec.decode(self.jittered(own))
-        logits = self.codec.decode(self.jittered(estimate))
-        return TextDiffSegOutput(prediction, wanted, logits, trust, reconstruction, own)
+        logits = self.codec.decode(self.jittered(out.estimate))
+        return TextDiffSegOutput(out.prediction, out.target, logits, out.trust, reconstruction, own)
 
     def jittered(self, latents: Tensor) -> Tensor:
         """What the decoder is trained with."""
@@ -231,11 +203,6 @@ class TextDiffSegNet(DiffusionNet):
         scaled = latents if self.frozen_codec else standardise_sample(latents)
         return scaled + self.decoder_noise * torch.randn_like(scaled)
 
-    def draw_probabilities(self, known: Tensor, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
-        """See :class:`DiffusionNet`."""
-
-        def model(z: Tensor, t: Tensor) -> Tensor:
-            return self.denoiser(known, z, t).logits
-
-        z0 = draw(model, noise, self.schedule, steps, sampler, seed, kind=self.kind)
-        return self.label_space.probabilities(self.codec.decode(z0))
+    def denoise(self, known: Tensor, z_t: Tensor, t: Tensor) -> UNetOutput:
+        """See :class:`LatentDiffusionNet`."""
+        return self.denoiser(known, z_t, t)

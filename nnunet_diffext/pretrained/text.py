@@ -28,6 +28,12 @@ class TextTokens(NamedTuple):
     mask: Tensor
 
 
+def mean_token(text: TextTokens) -> TextTokens:
+    """The mean of all tokens of all prompts, as the only token (eq. 1)."""
+    share = text.mask.float() / text.mask.sum()
+    return TextTokens((share[..., None] * text.states).sum((0, 1)).view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool))
+
+
 class TextEncoder:
     """A tokenizer and its model.
 

@@ -17,12 +17,12 @@ from tiny_prior import finish
 from torch import Tensor
 
 from nnunet_diffext.data.prompts import PromptError
+from nnunet_diffext.inference.reconstruction import label_share
 from nnunet_diffext.pretrained import PretrainedError
-from nnunet_diffext.pretrained.text import TextTokens
+from nnunet_diffext.pretrained.text import TextTokens, mean_token
 from nnunet_diffext.settings import SettingsError
 from nnunet_diffext.stages import FINAL, StageError
 from nnunet_diffext.trainers import find_trainer
-from nnunet_diffext.trainers.textdiffseg import label_share, mean_token
 
 ORGANS = {"background": 0, "liver": 1, "kidney": 2}
 
