@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
 UNLABELED_SUFFIX = "_unlabeled"
+NORMALIZATIONS = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
+"""What nnU-Net allows as channel names although it describes no image."""
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -144,6 +146,58 @@ def _raw_training_ids(name: str) -> list[str]:
         raise FileNotFoundError(f"{images} does not exist. {missing}")
     ids = get_identifiers_from_splitted_dataset_folder(str(images), dataset_json["file_ending"])
     return sorted(str(i) for i in ids)
+
+
+def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """Names of the channels in their order; none if the file names none."""
+    return list(map(str, (dataset_json.get("channel_names", dataset_json.get("modality")) or {}).values()))
+
+
+def diffext_block(
+    dataset_json: Mapping[str, Any], key: str, example: Callable[[], Any], error: type[ValueError] = ValueError
+) -> dict[str, Any] | None:
+    """``dataset.json["diffext"][key]`` as it stands there, or None.
+
+    Args:
+        dataset_json: content of the file.
+        key: of the block.
+        example: makes what the block may look like, for the message.
+        error: to raise.
+
+    Raises:
+        ValueError: one of the two is no dictionary.
+    """
+    block, where = dict(dataset_json), "dataset.json"
+    for name in ("diffext", key):
+        if name not in block:
+            return None
+        block, where = block[name], f'{where}["{name}"]'
+        if not isinstance(block, dict):
+            shown = json.dumps({key: example()}, ensure_ascii=False)
+            raise error(f"{where} must be a dictionary, such as {shown}, but is {block!r}.")
+    return block
+
+
+def foreground(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> label values of the segmentation heads without background: labels by value, regions as they stand.
+
+    Raises:
+        ValueError: no such labels, or two names for one.
+    """
+    labels = {
+        name: tuple(map(int, value)) if isinstance(value, list | tuple) else (int(value),)
+        for name, value in dataset_json.get("labels", {}).items()
+        if name != "ignore"
+    }
+    regions = any(len(values) > 1 for values in labels.values())
+    labels = {name: values for name, values in labels.items() if set(values) != {0}}
+    if not labels:
+        raise ValueError('dataset.json["labels"] has no label but background.')
+    if regions:
+        return labels
+    if len(set(labels.values())) < len(labels):
+        raise ValueError('dataset.json["labels"] has two names for one value; nnU-Net makes one label of them.')
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
 
 
 def foreground_labels(declared: Mapping[str, Any], label_manager: Any) -> dict[str, tuple[int, ...]]:

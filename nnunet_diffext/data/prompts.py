@@ -10,11 +10,17 @@ from typing import Any
 
 from nnunetv2 import paths
 
-from nnunet_diffext.data.dataset import dataset_name, load_json, nnunet_folder
+from nnunet_diffext.data.dataset import (
+    NORMALIZATIONS,
+    channel_names,
+    dataset_name,
+    diffext_block,
+    foreground,
+    load_json,
+    nnunet_folder,
+)
 
 KEY = 'dataset.json["diffext"]["prompts"]'
-NORMALIZATIONS = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
-"""What nnU-Net allows as channel names although it describes no image."""
 
 
 class PromptError(ValueError):
@@ -46,6 +52,7 @@ def prompts_for(dataset_json: Mapping[str, Any]) -> dict[str, str]:
             Otherwise the texts are those of :func:`template_prompts`.
     Raises:
         PromptError: a prompt for no label, a label without prompt, no text, or a block of another type.
+        ValueError: no labels, see :func:`~nnunet_diffext.data.dataset.foreground`.
     """
     templates = template_prompts(dataset_json)
     block = written_prompts(dataset_json)
@@ -67,15 +74,7 @@ def written_prompts(dataset_json: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         PromptError: one of the two is no dictionary.
     """
-    block: Any = dataset_json
-    for depth, key in enumerate(("diffext", "prompts")):
-        if key not in block:
-            return None
-        block = block[key]
-        if not isinstance(block, dict):
-            where = KEY if depth else 'dataset.json["diffext"]'
-            raise PromptError(f"{where} must be a dictionary, such as {_example(dataset_json)}, but is {block!r}.")
-    return block
+    return diffext_block(dataset_json, "prompts", lambda: template_prompts(dataset_json), PromptError)
 
 
 def template_prompts(dataset_json: Mapping[str, Any]) -> dict[str, str]:
@@ -83,32 +82,10 @@ def template_prompts(dataset_json: Mapping[str, Any]) -> dict[str, str]:
 
     Channels with one name are named once; names of normalisations, which nnU-Net allows for channels, are left out.
     """
-    names = dataset_json.get("channel_names", dataset_json.get("modality")) or {}
-    words = dict.fromkeys(_words(name) for name in names.values() if str(name).lower() not in NORMALIZATIONS)
+    words = dict.fromkeys(_words(name) for name in channel_names(dataset_json) if name.lower() not in NORMALIZATIONS)
     *most, last = words or [""]
     image = f"{', '.join(most)} and {last} image" if most else f"{last} image".lstrip()
     return {label: f"{image} of the {_words(label)}" for label in foreground(dataset_json)}
-
-
-def foreground(dataset_json: Mapping[str, Any]) -> list[str]:
-    """Names of the segmentation heads without background and ignore label: labels by value, regions as they stand.
-
-    Raises:
-        PromptError: no such labels.
-    """
-    labels = {
-        name: list(value) if isinstance(value, list | tuple) else [value]
-        for name, value in dataset_json.get("labels", {}).items()
-        if name != "ignore"
-    }
-    names = [name for name, values in labels.items() if set(values) != {0}]
-    if not names:
-        raise PromptError('dataset.json["labels"] has no label but background; a prompt describes a label.')
-    if any(len(values) > 1 for values in labels.values()):
-        return names
-    if len({labels[name][0] for name in names}) < len(names):
-        raise PromptError('dataset.json["labels"] has two names for one value; nnU-Net makes one label of them.')
-    return sorted(names, key=lambda name: labels[name][0])
 
 
 def with_changes(prompts: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
@@ -148,7 +125,7 @@ def dataset_prompts(name_or_id: str | int) -> DatasetPrompts:
     content = load_json(read, "Put the raw data of the dataset there, in nnU-Net's format.")
     try:
         prompts = prompts_for(content)
-    except PromptError as error:
+    except ValueError as error:
         raise PromptError(f"{read}: {error}") from error
     block = written_prompts(content)
     unread = next((file for file in others if written_prompts(load_json(file, "")) != block), None)
@@ -165,10 +142,6 @@ def _check(block: Mapping[str, Any], allowed: Collection[str], where: str) -> No
     for label, text in block.items():
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"{where}: the prompt of '{label}' must be a text that is not empty, but is {text!r}.")
-
-
-def _example(dataset_json: Mapping[str, Any]) -> str:
-    return json.dumps({"prompts": template_prompts(dataset_json)}, ensure_ascii=False)
 
 
 def _words(name: Any) -> str:

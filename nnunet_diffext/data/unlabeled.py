@@ -22,6 +22,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffext.data.dataset import (
+    channel_names,
     dataset_id,
     dataset_name,
     load_json,
@@ -153,8 +154,7 @@ def _checked_cases(
     except FileNotFoundError:  # plans that were transferred to a dataset without training cases
         taken = set()
     cases, problems = collect_cases(source, dataset_json["file_ending"], taken)
-    channel_names = dataset_json.get("channel_names", dataset_json.get("modality"))
-    jobs = [(c, manager.image_reader_writer_class, tuple(map(str, channel_names.values()))) for c in cases]
+    jobs = [(c, manager.image_reader_writer_class, tuple(channel_names(dataset_json))) for c in cases]
     results = run_all(check_case, jobs, num_processes, "Checking images", show_progress)
     for index, found in sorted(results, key=itemgetter(0)):
         problems += [f"{cases[index].identifier}: {found.message}"] if isinstance(found, Failure) else found

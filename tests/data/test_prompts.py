@@ -8,15 +8,8 @@ import pytest
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffext.cli.main import main
-from nnunet_diffext.data.prompts import (
-    KEY,
-    PromptError,
-    dataset_prompts,
-    foreground,
-    parse_change,
-    prompts_for,
-    with_changes,
-)
+from nnunet_diffext.data.dataset import foreground
+from nnunet_diffext.data.prompts import KEY, PromptError, dataset_prompts, parse_change, prompts_for, with_changes
 from synthetic import make_raw_dataset
 
 LABELS = {"background": 0, "left_kidney": 2, "liver": 1, "ignore": 3}
@@ -58,19 +51,19 @@ def test_template_reads_the_old_key_of_the_channels() -> None:
 def test_one_prompt_per_head_in_the_order_of_the_heads(labels: dict[str, Any], order: list[str]) -> None:
     manager = LabelManager(labels, [1, 2, 3] if labels is REGIONS else None)
     heads = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    values = [tuple(labels[name]) if isinstance(labels[name], list) else labels[name] for name in order]
-    assert values == list(heads)
-    assert list(prompts_for(dataset(labels))) == foreground(dataset(labels)) == order
+    found = foreground(dataset(labels))
+    assert list(prompts_for(dataset(labels))) == list(found) == order
+    assert list(found.values()) == [head if isinstance(head, tuple) else (head,) for head in heads]
 
 
 @pytest.mark.parametrize("labels", [{}, {"background": 0}, {"background": 0, "nothing": [0, 0], "ignore": 1}])
 def test_no_foreground(labels: dict[str, Any]) -> None:
-    with pytest.raises(PromptError, match="no label but background"):
+    with pytest.raises(ValueError, match="no label but background"):
         prompts_for(dataset(labels))
 
 
 def test_two_names_for_one_head() -> None:
-    with pytest.raises(PromptError, match="two names for one value"):
+    with pytest.raises(ValueError, match="two names for one value"):
         prompts_for(dataset({"background": 0, "a": 1, "b": 1}))
 
 
