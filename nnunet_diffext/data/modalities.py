@@ -90,7 +90,7 @@ def modalities_of(dataset_json: Mapping[str, Any]) -> Modalities:
 
     Raises:
         ModalityError: wrong types; a name with other characters than allowed; unknown labels, modalities or cases; an
-            empty list.
+            empty list; a label that is annotated nowhere.
         ValueError: no labels, see :func:`~nnunet_diffext.data.dataset.foreground`.
     """
     labels = foreground(dataset_json)
@@ -118,7 +118,12 @@ def modalities_of(dataset_json: Mapping[str, Any]) -> Modalities:
             )
         _check_labels(entry, list(labels), f"{ANNOTATED_KEY}[{json.dumps(key)}]")
         listed[key] = tuple(head in entry or (head == "background" and not regions) for head in heads)
-    return Modalities(names, of_case, heads, listed)
+    found = Modalities(names, of_case, heads, listed)
+    known = zip(*(found.classes(name) for name in names), strict=True)
+    nowhere = [head for head, modalities in zip(heads, known, strict=True) if not any(modalities)]
+    if nowhere:
+        raise ModalityError(f"{ANNOTATED_KEY}: no case has {_quoted(nowhere)} annotated. Add it, or remove the label.")
+    return found
 
 
 def check_name(name: Any, where: str) -> None:

@@ -117,6 +117,7 @@ def test_blocks_of_another_type(block: Any) -> None:
         ({"MR": "liver"}, "must be a list of names of labels"),
         ({"MR": [1]}, "must be a list of names of labels"),
         ({"MR": None}, "must be a list of names of labels"),
+        ({"MR": ["liver"], "CT": ["liver", "spleen"], "a": ["liver"]}, "no case has 'tumour' annotated"),
     ],
 )
 def test_annotated_is_checked(annotated: Any, message: str) -> None:
