@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -44,3 +45,23 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file by ``content`` (text as UTF-8) in one step, see :func:`replacing`."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` to fill; it takes its place when the block ends well, and vanishes if it fails.
+
+    Its name starts with a dot, so nnU-Net does not see it; it is as deep as ``path``, so relative links stay right.
+
+    Raises:
+        OSError: ``path`` exists and is not empty, or the folder is not writable.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had our number
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "plan": "run a planner of this package on a preprocessed dataset",
     "preprocess_unlabeled": "preprocess images without labels for semi-supervised training",
     "split": "write a semi-supervised split into splits_final.json",
+    "merge": "make one dataset out of several, with a modality per case, for one network",
     "prompts": "show the text prompt of every label, and check them with the text encoder",
 }
 """Verb, which is also the name of its module, and what ``--help`` says about it."""
