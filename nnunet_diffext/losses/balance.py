@@ -1,0 +1,49 @@
+"""Losses on the gates of a mixture of experts (M4oE)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from nnunet_diffext.networks.blocks.experts import Gate, pooled_gate
+
+
+def balance_loss(gates: Sequence[Gate]) -> Tensor:
+    """Load balancing of every layer, mean over layers; 1 if all experts are used alike, up to M if one is.
+
+    ``M sum_m f_m P_m`` of Switch Transformers (Fedus et al. 2022, eq. 4): ``P`` are the mean probabilities over the
+    batch, ``f`` the experts' shares in what was computed. With top-1 routing ``f`` are shares of tokens; with soft gates
+    ``P`` itself without its gradient, which gives half of the importance loss of Shazeer et al. (2017, eq. 7). Layers
+    must not be pooled: each could use a single expert, and all together would still look balanced.
+
+    The batch is balanced, not every sample: few samples of few modalities keep experts from specialising.
+
+    Args:
+        gates: of every layer.
+    Raises:
+        ValueError: no gate.
+    """
+    if not gates:
+        raise ValueError("No layer has a gate over experts that could be balanced.")
+    layers = [gate.load.mean(0) @ gate.log_mean.exp().mean(0) for gate in gates]
+    return gates[0].load.shape[1] * torch.stack(layers).mean()
+
+
+def modality_loss(gates: Sequence[Gate], modality: Tensor, modalities: int | None = None) -> Tensor:
+    """Cross-entropy of the pooled gate against the modality: ``-log P(m | x)``, mean over samples.
+
+    In the log domain all along: the gradient is finite where the probability is too small for a float. Experts that are
+    not active do not count; a modality must be active to be learnt.
+
+    Args:
+        gates: of the encoder's layers.
+        modality: ``(B,)``.
+        modalities: the first so many experts are those of modalities; default all.
+    Raises:
+        ValueError: no gate.
+    """
+    modalities = modalities or (gates[0].log_mean.shape[1] if gates else 0)
+    return nll_loss(pooled_gate(gates, modalities), modality)
