@@ -24,6 +24,10 @@ class AveragedTrainer(DiffextTrainer):
         if self.settings.ema_decay > 0 and self.teacher is None:
             self.start_teacher()
 
+    def ema_decay_at(self, step: int) -> float:
+        """The average spans about the last tenth of the steps, however short the training."""
+        return (1 + step) / (10 + step)
+
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The network has the averaged weights inside this block."""

@@ -203,12 +203,16 @@ class DiffextTrainer(ConfiguredTrainer):
         self.teacher = deepcopy(self.module).eval().requires_grad_(False)
         return self.teacher
 
+    def ema_decay_at(self, step: int) -> float:
+        """d, before it has grown to ``ema_decay``: the plain mean of all steps (Tarvainen and Valpola 2017)."""
+        return 1 - 1 / (step + 2)
+
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """``teacher = d teacher + (1 - d) student``, d growing to ``ema_decay`` (Tarvainen and Valpola 2017)."""
+        """``teacher = d teacher + (1 - d) student``."""
         if self.teacher is None:
             return
-        decay = min(1 - 1 / (self.global_step + 2), self.settings.ema_decay)
+        decay = min(self.ema_decay_at(self.global_step), self.settings.ema_decay)
         # not state_dict(): dynamic-network-architectures registers convolutions twice, which would average them twice
         for mean, value in zip(self.teacher.parameters(), self.module.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)

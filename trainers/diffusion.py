@@ -25,6 +25,10 @@ class DiffusionSettings(AdamSettings):
     samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
     steps: int = setting(1, "denoiser steps S per sample; 1: one-step prediction", number="#steps", minimum=1)
     noise_seed: int = setting(0, "seed of the noise at prediction", number="noise#", minimum=0)
+    ema_decay: float = setting(
+        0.999, "decay of the average of all weights, which is the result; 0: none", number="ema#",
+        switches={"noEMA": 0.0}, minimum=0, maximum=1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,10 +100,6 @@ class LEAFSettings(DiffusionSettings):
         switches={"vitb": "vit_base_patch14_reg4_dinov2.lvd142m"},
     )  # fmt: skip
     projector: str = setting("mlp", "phi of eq. 5", choices=PROJECTORS, switches={"convProjector": "conv"})
-    ema_decay: float = setting(
-        0.999, "decay of the average of all weights, which is the result; 0: none", number="ema#",
-        switches={"noEMA": 0.0}, minimum=0, maximum=1,
-    )  # fmt: skip
 
 
 class LEAFTrainer(AdamTrainer, LatentTrainer):

@@ -13,6 +13,7 @@ from nnunet_diffext.networks.pgrd import PGRDNet, PGRDOutput
 from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
 from nnunet_diffext.settings import SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
+from nnunet_diffext.trainers.averaged import AveragedTrainer
 from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer
 from nnunet_diffext.trainers.staged import build_network_of
@@ -43,7 +44,7 @@ class PGRDSettings(DiffusionSettings):
             "the paper's recipe: kappa = 1, uniform t, softmax over tau_out, five samples of 300 DDIM steps",
             {
                 "kappa": 1.0, "terminal_share": 0.0, "readout": "softmax", "steps": 300, "step_power": 1.0,
-                "samples": 5, "prior_kind": "insample",
+                "samples": 5, "prior_kind": "insample", "ema_decay": 0.0,
             },
         ),
     }  # fmt: skip
@@ -105,7 +106,7 @@ class PGRDSettings(DiffusionSettings):
             raise SettingsError("readout 'heads' needs levels >= 1; use the token 'simplex' or 'softmaxOut'.")
 
 
-class PGRDTrainer(AdamTrainer, GuidedTrainer):
+class PGRDTrainer(AdamTrainer, AveragedTrainer, GuidedTrainer):
     """Learns what a frozen nnU-Net gets wrong, and how sure it can be: probabilities instead of one answer."""
 
     Settings = PGRDSettings

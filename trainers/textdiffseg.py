@@ -94,10 +94,6 @@ class TextDiffSegSettings(DiffusionSettings):
     decoder_noise: float = setting(
         0.1, "sigma of q(z|X), noise on the estimates that the decoder is trained with", number="sigma#", minimum=0
     )
-    ema_decay: float = setting(
-        0.999, "decay of the average of all weights, which is the result; 0: none", number="ema#",
-        switches={"noEMA": 0.0}, minimum=0, maximum=1,
-    )  # fmt: skip
 
     steps: int = setting(10, "denoiser steps S per sample", number="#steps", minimum=1)
     sampler: str = setting("ddim", "sampler", choices=SAMPLERS[:3], switches={"ddpm": "ddpm", "dpmpp": "dpm++"})
