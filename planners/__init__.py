@@ -7,6 +7,7 @@ from importlib import import_module
 PLANNERS: dict[str, str] = {
     "DMEDPlanner": "nnunet_diffext.planners.dmed",
     "LatentPlanner": "nnunet_diffext.planners.latent",
+    "M4oEPlanner": "nnunet_diffext.planners.m4oe",
     "PGRDPlanner": "nnunet_diffext.planners.pgrd",
 }
 """Planner name -> module, imported only when the planner is asked for."""

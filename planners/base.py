@@ -86,6 +86,8 @@ class DiffextPlanner:
     """
 
     trainer: ClassVar[str]
+    others: ClassVar[tuple[str, ...]] = ()
+    """Further trainers that it can plan for, with ``trainer_name``."""
     default_plans_name: ClassVar[str]
 
     def __init__(
@@ -179,7 +181,7 @@ class DiffextPlanner:
         )  # fmt: skip
 
     def _search(self, plans: dict[str, Any], name: str, base: dict[str, Any], base_memory: StepMemory) -> Sizes:
-        candidates = list(topologies(base["spacing"], base["median_image_size_in_voxels"]))
+        candidates = self.candidates(base)
 
         def needed(topology: Topology, batch_size: int) -> StepMemory:
             architecture = topology.architecture(base["architecture"])
@@ -197,6 +199,10 @@ class DiffextPlanner:
                 "configuration out (-c), or plan for a smaller variant (-tr)."
             )
         return sizes
+
+    def candidates(self, base: Mapping[str, Any]) -> list[Topology]:
+        """Patches to try for a complete configuration of the base plans, from the largest to the smallest."""
+        return list(topologies(base["spacing"], base["median_image_size_in_voxels"]))
 
     def max_batch(self, name: str, voxels: int) -> int:
         """nnU-Net's limit for the batch of a patch of so many voxels."""
@@ -237,6 +243,8 @@ class DiffextPlanner:
         return self.estimates[key]
 
     def _find_trainer(self, name: str) -> type:
+        if name.split("_")[0] in self.others:
+            self.trainer = name.split("_")[0]
         try:
             trainer_class = find_trainer(name)
         except AttributeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class DryRun:
         space = LabelSpace(labels.num_segmentation_heads, labels.has_regions, labels.ignore_label)
         blocks = plans.setdefault(PLANS_KEY, {})
         settings = trainer_class.Settings.resolve(blocks.get(trainer_class.base_name), trainer_class.overrides)
+        settings = replace(settings, **trainer_class.from_dataset(dataset_json))
         blocks[trainer_class.base_name] = settings.as_dict()
         blocks[LABELS_KEY] = asdict(space)
         manager = PlansManager(plans)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from nnunet_diffext.planners.base import DiffextPlanner
-from nnunet_diffext.trainers import find_trainer
 
 
 class LatentPlanner(DiffextPlanner):
@@ -16,10 +15,3 @@ class LatentPlanner(DiffextPlanner):
     trainer = "LEAFTrainer"
     default_plans_name = "nnUNetLatentPlans"
     others = ("TextDiffSegTrainer",)
-
-    def _find_trainer(self, name: str) -> type:
-        base = name.split("_")[0]
-        if base not in self.others:
-            return super()._find_trainer(name)
-        self.trainer = base
-        return find_trainer(name)

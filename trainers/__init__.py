@@ -10,6 +10,8 @@ from nnunet_diffext.variants import parse_tokens, split_name
 TRAINERS: dict[str, str] = {
     "DMEDSegTrainer": "nnunet_diffext.trainers.dmed",
     "LEAFTrainer": "nnunet_diffext.trainers.leaf",
+    "M4oEPretrainTrainer": "nnunet_diffext.trainers.m4oe_pretraining",
+    "M4oETrainer": "nnunet_diffext.trainers.m4oe",
     "MaskAutoencoderTrainer": "nnunet_diffext.trainers.autoencoder",
     "PGRDTrainer": "nnunet_diffext.trainers.pgrd",
     "TextDiffSegTrainer": "nnunet_diffext.trainers.textdiffseg",

@@ -53,6 +53,11 @@ class DiffextTrainer(ConfiguredTrainer):
         """Weight of each loss in the sum; 1 for names that are not listed."""
         return {}
 
+    @classmethod
+    def from_dataset(cls, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that ``dataset.json`` decides, without which the network cannot be built."""
+        return {}
+
     # ------------------------------------------------------------------ building
     @classmethod
     def read_plans(cls, plans_manager: Any, configuration_manager: Any) -> tuple[Any, LabelSpace, Architecture]:

@@ -38,14 +38,14 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
         """Whether the codec stays as it was found."""
         return True
 
-    def _fitting_stage(self) -> Stage:
-        stage = super()._fitting_stage()
+    def check_stage(self, stage: Stage) -> None:
+        """It must be an autoencoder of masks."""
+        super().check_stage(stage)
         if "scale.mean" not in stage.weights:
             raise StageError(
                 f"{stage.folder} was trained by {stage.trainer_name}, which is no autoencoder of masks. "
                 "Train one with -tr MaskAutoencoderTrainer."
             )
-        return stage
 
     def preflight(self) -> None:
         """Reconstruct the labels of training patches.

@@ -86,11 +86,15 @@ class StagedTrainer(DiffextTrainer):
         where = (plans["dataset_name"], self.configuration_name, self._wanted_trainer, names, self.fold)
         stage = load_stage(find_model_folder(self.stage_name, *where), self.fold)
         check_fits(stage, plans, self.configuration_name, self.dataset_json)
+        self.check_stage(stage)
+        return stage
+
+    def check_stage(self, stage: Stage) -> None:
+        """Raise ``StageError`` for a training that fits the data, but is of no use here."""
         if stage.trainer_name.split("_")[0] == self.base_name:
             raise StageError(
                 f"{stage.folder} was trained by {self.base_name} itself, which cannot be its own {self.stage_name}."
             )
-        return stage
 
     def _recorded_blocks(self) -> dict[str, Any] | None:
         """Settings in the model folder of the training that is continued or validated."""

@@ -29,6 +29,7 @@ VERBS: dict[str, str] = {
     "preprocess_unlabeled": "preprocess images without labels for semi-supervised training",
     "split": "write a semi-supervised split into splits_final.json",
     "merge": "make one dataset out of several, with a modality per case, for one network",
+    "add_modality": "give a trained M4oE model an expert and a head for another modality",
     "prompts": "show the text prompt of every label, and check them with the text encoder",
 }
 """Verb, which is also the name of its module, and what ``--help`` says about it."""

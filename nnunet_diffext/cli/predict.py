@@ -53,6 +53,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--prompt", action="append", default=[], metavar="LABEL=TEXT",
         help="another prompt for a label of a TextDiffSegTrainer model; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--modality", metavar="NAME",
+        help="modality of all images, for an M4oETrainer model; without it, the model's gates tell",
+    )  # fmt: skip
     parser.add_argument("--no_temperature", action="store_true", help="ignore the model's calibration.json")
 
 
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffext.inference.batch import find_cases, predict_folder
     from nnunet_diffext.inference.calibration_file import describe_use, read_calibration
     from nnunet_diffext.inference.export import Output
+    from nnunet_diffext.inference.modality import set_modality
     from nnunet_diffext.inference.model_folder import find_model_folder, parse_folds
     from nnunet_diffext.inference.predictor import Predictor
     from nnunet_diffext.inference.prompts import change_prompts
@@ -107,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt:
         prompts = change_prompts(predictor.nnunet, dict(parse_change(text) for text in args.prompt))
         print("Prompts: " + "; ".join(f"{label}: {text}" for label, text in prompts.items()))
+    if args.modality:
+        set_modality(predictor.nnunet, args.modality)
     if args.save_samples and not predictor.sampling.samples:
         raise ValueError("--save_samples: this prediction draws no samples. Leave it out, or choose -samples M.")
     find_cases(predictor.model, Path(args.i), args.part_id, args.num_parts)

@@ -27,7 +27,7 @@ def augmenter(loader: nnUNetDataLoader, num_processes: int, pin_memory: bool) ->
 
 
 class PairedLoader:
-    """Yields nnU-Net's labelled batch with the unlabelled one under the key ``"unlabeled"``.
+    """Yields nnU-Net's labelled batch with the unlabelled one as ``"unlabeled"``, its cases as ``"unlabeled_keys"``.
 
     Args:
         labeled, unlabeled: two running augmenters.
@@ -37,7 +37,8 @@ class PairedLoader:
         self.labeled, self.unlabeled = labeled, unlabeled
 
     def __next__(self) -> dict[str, Any]:
-        return {**next(self.labeled), "unlabeled": next(self.unlabeled)["data"]}
+        unlabeled = next(self.unlabeled)
+        return {**next(self.labeled), "unlabeled": unlabeled["data"], "unlabeled_keys": unlabeled["keys"]}
 
     def finish(self) -> None:
         """Stop the workers of both."""

@@ -6,8 +6,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
 
+_NONE = -1e4
+"""Logit of a head that cannot be predicted: probability 0, and finite in half precision."""
 
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False) -> Tensor:
+
+def merge_unannotated(logits: Tensor, annotated: Tensor, *, regions: bool = False) -> Tensor:
+    """Logits of "background, or what nobody looked for here": the probabilities of heads that are not annotated in a
+    sample go to its background (Shi et al., "Marginal loss and exclusion loss", MedIA 2021). Region heads are silenced.
+
+    Args:
+        logits: ``(B, K, *)``.
+        annotated: bool ``(B, K)``; softmax heads: the background, head 0, always is.
+        regions: heads are independent (sigmoid).
+    Returns:
+        logits ``(B, K, *)``, float32.
+    """
+    logits = logits.float()
+    unknown = ~annotated.view(*annotated.shape, *(1,) * (logits.ndim - 2))
+    rest = logits.masked_fill(unknown, _NONE)
+    if regions:
+        return rest
+    unknown = unknown.clone()
+    unknown[:, 0] = True
+    background = logits.masked_fill(~unknown, _NONE).logsumexp(1, keepdim=True)
+    return torch.cat([background, rest[:, 1:]], dim=1)
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor, *, regions: bool = False, annotated: Tensor | None = None
+) -> Tensor:
     """Weighted mean of the voxel-wise (regions: binary) cross-entropy, ``sum(w ce) / sum(w)``; 0 without weight.
 
     Args:
@@ -15,9 +42,13 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, *, regions: bo
         target: probabilities or one-hot, ``(B, K, *)``.
         weight: ``(B, 1, *)``, non-negative.
         regions: heads are independent (sigmoid).
+        annotated: bool ``(B, K)``, of regions: the mean is over these heads.
     """
     if regions:
         voxelwise = binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+        if annotated is not None:
+            share = annotated.float() / annotated.float().mean(1, keepdim=True).clamp_min(1e-5)
+            voxelwise = voxelwise * share.view(*share.shape, *(1,) * (voxelwise.ndim - 2))
         voxelwise = voxelwise.mean(1, keepdim=True)
     else:
         voxelwise = -(target * log_softmax(logits.float(), dim=1)).sum(1, keepdim=True)
@@ -32,6 +63,7 @@ def soft_dice_loss(
     skip_background: bool,
     batch_dice: bool = False,
     smooth: float = 1e-5,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """``1 - mean Dice``; the weight enters intersection and cardinalities. A sample without weight does not count.
 
@@ -41,13 +73,17 @@ def soft_dice_loss(
         skip_background: leave out channel 0 (softmax heads).
         batch_dice: pool the sums over the batch of this process, as nnU-Net does for small patches.
         smooth: added to numerator and denominator.
+        annotated: bool ``(B, K)``; other heads of a sample do not count either.
     """
-    if skip_background:
-        probabilities, target = probabilities[:, 1:], target[:, 1:]
+    first = int(skip_background)
+    probabilities, target = probabilities[:, first:], target[:, first:]
     axes = tuple(range(2, target.ndim))
     intersection = (weight * probabilities * target).sum(axes)
     cardinality = (weight * (probabilities + target)).sum(axes)
     counts = weight.sum(axes) > 0  # (B, 1)
+    if annotated is not None:
+        counts = counts & annotated[:, first:]
+        intersection, cardinality = intersection * counts, cardinality * counts
     if batch_dice:
         intersection, cardinality, counts = intersection.sum(0), cardinality.sum(0), counts.any(0)
     dice = (2 * intersection + smooth) / (cardinality + smooth).clamp_min(1e-8)
@@ -63,6 +99,8 @@ def dice_ce_loss(
     regions: bool = False,
     batch_dice: bool = False,
     dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """``L_seg``: cross-entropy plus Dice, computed in fp32 (DMED-Seg section 4.2). 0 if no voxel has weight.
 
@@ -71,10 +109,16 @@ def dice_ce_loss(
         target: ``(B, K, *)``; weight: ``(B, 1, *)``.
         regions: sigmoid heads, all of them foreground.
         batch_dice: see :func:`soft_dice_loss`.
-        dice_weight: of the Dice loss (TextDiffSeg eq. 4: gamma).
+        dice_weight, ce_weight: of its two parts (TextDiffSeg eq. 4: gamma; Swin-UNet: 0.6 and 0.4).
+        annotated: bool ``(B, K)``, default all; see :func:`merge_unannotated`.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, target, weight = logits.float(), target.float(), weight.float()
+        if annotated is not None:
+            logits = merge_unannotated(logits, annotated, regions=regions)
         probabilities = torch.sigmoid(logits) if regions else torch.softmax(logits, dim=1)
-        dice = soft_dice_loss(probabilities, target, weight, skip_background=not regions, batch_dice=batch_dice)
-        return dice_weight * dice + cross_entropy(logits, target, weight, regions=regions)
+        dice = soft_dice_loss(
+            probabilities, target, weight, skip_background=not regions, batch_dice=batch_dice, annotated=annotated
+        )
+        ce = cross_entropy(logits, target, weight, regions=regions, annotated=annotated)
+        return dice_weight * dice + ce_weight * ce

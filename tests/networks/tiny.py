@@ -109,7 +109,11 @@ def make_plans(kind: str | Kind, *, batch_dice: bool = False) -> dict[str, Any]:
     }
 
 
-def make_dataset_json(labels: Mapping[str, int | Sequence[int]] | None = None, channels: int = 1) -> dict[str, Any]:
+def make_dataset_json(
+    labels: Mapping[str, int | Sequence[int]] | None = None,
+    channels: int = 1,
+    diffext: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """``dataset.json``; labels that are lists are regions."""
     labels = {k: v if isinstance(v, int) else list(v) for k, v in (labels or BINARY).items()}
     regions = [v for k, v in labels.items() if v != 0 and k != "ignore"]
@@ -120,6 +124,7 @@ def make_dataset_json(labels: Mapping[str, int | Sequence[int]] | None = None, c
         "numTraining": 8,
         "file_ending": ".nii.gz",
         **({"regions_class_order": [v if isinstance(v, int) else v[-1] for v in regions]} if has_regions else {}),
+        **({} if diffext is None else {"diffext": dict(diffext)}),
     }
 
 
@@ -145,6 +150,7 @@ def make_trainer(
     batch_dice: bool = False,
     plans: dict[str, Any] | None = None,
     fold: int | str = 0,
+    diffext: Mapping[str, Any] | None = None,
 ) -> Any:
     """A trainer on the CPU, not initialised yet. The nnU-Net folders of the environment are used."""
     folder = Path(os.environ["nnUNet_preprocessed"]) / DATASET / "nnUNetPlans_tiny"
@@ -155,7 +161,7 @@ def make_trainer(
     torch.manual_seed(0)
     return find_trainer(name)(
         plans or make_plans(kind, batch_dice=batch_dice), kind.configuration, fold,
-        make_dataset_json(labels, channels), torch.device("cpu"),
+        make_dataset_json(labels, channels, diffext), torch.device("cpu"),
     )  # fmt: skip
 
 

@@ -1,0 +1,110 @@
+"""Which experts a mixture uses, per layer and modality: counted during an epoch, written and drawn after it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nnunet_diffext.files import write_atomically
+from nnunet_diffext.networks.blocks.experts import Gate, pooled_gate
+
+USAGE = "expert_usage"
+STARVED = 0.1
+"""An expert that gets less than this share of its even part is said to starve."""
+
+
+class ExpertUsage:
+    """Mean weight of every expert, over the samples that were added.
+
+    Args:
+        modalities: names, in the order of their experts.
+        experts: M.
+    """
+
+    def __init__(self, modalities: Sequence[str], experts: int) -> None:
+        self.modalities, self.experts = tuple(modalities), experts
+        self.layers: list[str] = []
+        self._sums: Tensor | float = 0.0
+        self._counts = torch.zeros(len(self.modalities))
+        self._told = 0
+
+    @torch.no_grad()
+    def add(self, encoder: Sequence[Gate], decoder: Sequence[Gate], modality: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            encoder, decoder: gates of their layers.
+            modality: ``(B,)``.
+        """
+        self.layers = [f"encoder {i}" for i in range(len(encoder))] + [f"decoder {i}" for i in range(len(decoder))]
+        load = torch.stack([gate.load for gate in (*encoder, *decoder)], dim=1).float().cpu()  # (B, layers, M)
+        own = torch.nn.functional.one_hot(modality.cpu(), len(self.modalities)).float()
+        self._sums = self._sums + torch.einsum("bn,blm->nlm", own, load)
+        self._counts += own.sum(0)
+        if encoder:
+            self._told += int((pooled_gate(encoder, len(self.modalities)).argmax(1) == modality).sum())
+
+    @property
+    def empty(self) -> bool:
+        """Nothing was added."""
+        return not self.layers
+
+    @property
+    def told(self) -> float:
+        """Share of the samples whose modality the encoder's gates tell; NaN if it has none."""
+        gates = any(layer.startswith("encoder") for layer in self.layers)
+        return self._told / float(self._counts.sum()) if gates else float("nan")
+
+    def mean(self) -> Tensor:
+        """``(modalities, layers, M)``, NaN for modalities without samples."""
+        return self._sums / self._counts.view(-1, 1, 1)
+
+    def starved(self) -> Iterator[str]:
+        """Experts that hardly anything reaches in most layers, in words."""
+        if self.empty:
+            return
+        overall = self._sums.sum(0) / self._counts.sum()  # (layers, M)
+        least = STARVED / self.experts
+        for m in range(self.experts):
+            layers = int((overall[:, m] < least).sum())
+            if 2 * layers > len(self.layers):
+                of = f" (of {self.modalities[m]})" if m < len(self.modalities) else ""
+                yield (
+                    f"expert {m}{of} gets less than {least:.1%} of the weight in {layers} of {len(self.layers)} layers "
+                    "and learns next to nothing; the token balance0p01 spreads the load."
+                )
+
+    def save(self, folder: str | Path, epoch: int) -> None:
+        """Write ``expert_usage.json`` and ``expert_usage.png``."""
+        folder = Path(folder)
+        usage = [[[round(v, 5) for v in row] for row in layers] for layers in self.mean().tolist()]
+        seen = [name for name, count in zip(self.modalities, self._counts.tolist(), strict=True) if count]
+        content = {
+            "epoch": epoch,
+            "experts": self.experts,
+            "layers": self.layers,
+            "told": round(self.told, 4),
+            "usage": {name: u for name, u in zip(self.modalities, usage, strict=True) if name in seen},
+        }
+        write_atomically(folder / f"{USAGE}.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(folder / f"{USAGE}.png", self.png())
+
+    def png(self) -> bytes:
+        """A map per modality: layers from top to bottom, experts from left to right."""
+        figure = Figure(figsize=(2.2 * len(self.modalities) + 1.5, 0.25 * len(self.layers) + 1.5), layout="constrained")
+        panels = figure.subplots(1, len(self.modalities), squeeze=False, sharey=True)[0]
+        for panel, name, usage in zip(panels, self.modalities, self.mean(), strict=True):
+            shown = panel.imshow(usage.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            panel.set(title=name, xlabel="expert", xticks=range(self.experts), yticks=range(len(self.layers)))
+        panels[0].set_yticklabels(self.layers)
+        figure.colorbar(shown, ax=list(panels), label="mean weight")
+        out = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(out)
+        return out.getvalue()

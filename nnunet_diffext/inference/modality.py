@@ -1,0 +1,25 @@
+"""The modality of the images that a trained M4oE model predicts, where the user knows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TRAINER = "M4oETrainer"
+
+
+def set_modality(nnunet: Any, name: str) -> None:
+    """Predict with the experts and the head of one modality, instead of those that the gates tell.
+
+    Args:
+        nnunet: nnU-Net's predictor, with its model loaded.
+        name: of a modality.
+    Raises:
+        ValueError: no M4oE model, or it does not know the modality.
+    """
+    network = getattr(nnunet.network, "_orig_mod", nnunet.network)
+    known = getattr(network, "modalities", None)
+    if known is None or not hasattr(network, "modality"):
+        raise ValueError(f"--modality: this model knows of no modalities; {TRAINER} trains one that does.")
+    if name not in known:
+        raise ValueError(f"--modality {name}: this model knows {', '.join(known)}.")
+    network.modality = known.index(name)

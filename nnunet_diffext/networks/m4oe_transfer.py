@@ -1,0 +1,70 @@
+"""What M4oE takes over from its pre-training, and what stays as it is when it learns another modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nnunet_diffext.networks.blocks.experts import ModalityExperts
+from nnunet_diffext.networks.m4oe import M4oENet
+from nnunet_diffext.networks.masked_autoencoder import encoder_weights, spread_expert
+
+
+def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
+    """Give the encoder of a network the weights of phase 1; returns what was loaded, and what was not.
+
+    Args:
+        net: its gates, decoder and head stay as they were made.
+        weights: state dict of an :class:`~nnunet_diffext.networks.masked_autoencoder.M4oEAutoencoder`.
+    Raises:
+        ValueError: the encoders differ.
+    """
+    given = spread_expert(encoder_weights(weights), net.experts)
+    own = {k: v.shape for k, v in net.encoder.state_dict().items()}
+    wrong = [k for k, v in given.items() if own.get(k) != v.shape]
+    wrong += [k for k in own if k not in given and ".gate." not in k]
+    if wrong:
+        raise ValueError(
+            f"its encoder differs from this network's in {len(wrong)} tensors; the first is {wrong[0]} "
+            f"({tuple(given[wrong[0]].shape) if wrong[0] in given else 'missing'} there, "
+            f"{tuple(own[wrong[0]]) if wrong[0] in own else 'missing'} here). Give both trainings the same tokens for "
+            "the network's size; a network without experts in its encoder needs M4oEPretrainTrainer_plain."
+        )
+    net.encoder.load_state_dict(given, strict=False)
+    experts = [k for k in given if k.rpartition(".")[2] in ModalityExperts.stacked]
+    there = len(weights[f"encoder.{experts[0]}"]) if experts else 0
+    copied = f" ({there} pre-trained expert spread over {net.experts})" if there < net.experts and experts else ""
+    gates = sum(".gate." in k for k in own)
+    rest = len(net.state_dict()) - len(own)
+    return (
+        f"Loaded {len(given)} of {len(own)} tensors of the encoder, {len(experts)} of them of experts{copied}. "
+        f"Not in the pre-training, and new: {gates} tensors of the encoder's gates, {rest} of decoder and head."
+    )
+
+
+def freeze_all_but(net: M4oENet, modality: int) -> None:
+    """Train nothing but one modality's expert in every block, its row of every gate, and its head."""
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    net.head.seg_layers[modality].requires_grad_(True)
+    for module in net.modules():
+        if not isinstance(module, ModalityExperts):
+            continue
+        rows = [getattr(module, name) for name in module.stacked]
+        rows += [module.gate.weight, module.gate.bias] if module.tells else []
+        for parameter in rows:
+            parameter.requires_grad_(True).register_hook(_OnlyRow(modality))
+
+
+class _OnlyRow:
+    """A gradient without that of the other experts."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[self.row] = gradient[self.row]
+        return kept

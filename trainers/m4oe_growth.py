@@ -1,0 +1,141 @@
+"""A trained M4oE model learns another modality: the model with one expert and one head more, ready to be trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunet_diffext.checkpoints import read_safely, write_checkpoint
+from nnunet_diffext.data.dataset import dataset_name, foreground, load_json, preprocessed_folder
+from nnunet_diffext.data.modalities import Modalities, ModalityError, modalities_of
+from nnunet_diffext.diffusion import LabelSpace
+from nnunet_diffext.files import FINAL, new_folder
+from nnunet_diffext.networks.m4oe import extend_weights
+from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
+from nnunet_diffext.trainers import find_trainer
+
+TRAINER = "M4oETrainer"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What was added.
+
+    Attributes:
+        folder: of the larger model.
+        modality: the new one.
+        labels: names of labels that no modality had before.
+        parameters: of the model before and after.
+        trainer: class that trained the model, to train on with.
+        configuration: of the model.
+    """
+
+    folder: Path
+    modality: str
+    labels: tuple[str, ...]
+    parameters: tuple[int, int]
+    trainer: str
+    configuration: str
+
+
+def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Sequence[int | str]) -> Growth:
+    """Write a model folder that knows one modality more. For the old ones it predicts the same, bit for bit.
+
+    Args:
+        model_folder: of a trained M4oE model.
+        dataset: that holds the old modalities and the new one, preprocessed with the plans of the model. Labels and
+            modalities that the model knows come first, in its order.
+        output: must not exist.
+        folds: to extend.
+    Raises:
+        ValueError: no M4oE model, or a dataset that does not continue it. FileNotFoundError: something is missing.
+        CheckpointError: a damaged or unsafe checkpoint.
+    """
+    files = (model_folder / name for name in ("plans.json", "dataset.json"))
+    plans, old_json = (load_json(file, "Name a model folder with -m.") for file in files)
+    if TRAINER not in plans.get(PLANS_KEY, {}):
+        raise ValueError(f"{model_folder} is no model of {TRAINER}.")
+    name = dataset_name(dataset)
+    new_json = load_json(preprocessed_folder(name) / "dataset.json", "Preprocess the dataset first.")
+    modality, labels = _continues(plans, old_json, new_json)
+    new_plans = _larger(plans, name, new_json)
+    checkpoints = {fold: read_safely(model_folder / f"fold_{fold}" / FINAL) for fold in folds}
+    configuration = model_folder.name.rpartition("__")[2]
+    configuration = next(iter(checkpoints.values()))["init_args"]["configuration"] or configuration
+    old, new = (_network(p, j, configuration) for p, j in ((plans, old_json), (new_plans, new_json)))
+    sizes = tuple(sum(p.numel() for p in network.parameters()) for network in (old, new))
+    trainer = ""
+    with new_folder(output) as folder:
+        for file, content in (("plans.json", new_plans), ("dataset.json", new_json)):
+            (folder / file).write_text(json.dumps(content, indent=4))
+        for fold, checkpoint in checkpoints.items():
+            trainer = checkpoint["trainer_name"]
+            weights = extend_weights(checkpoint["network_weights"], old, new)
+            init = {**checkpoint["init_args"], "plans": new_plans, "dataset_json": new_json}
+            kept = {k: checkpoint[k] for k in ("trainer_name", "inference_allowed_mirroring_axes", "current_epoch")}
+            (folder / f"fold_{fold}").mkdir()
+            write_checkpoint({**kept, "init_args": init, "network_weights": weights}, folder / f"fold_{fold}" / FINAL)
+    return Growth(output, modality, labels, sizes, trainer, configuration)
+
+
+def _continues(
+    plans: Mapping[str, Any], old_json: Mapping[str, Any], new_json: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...]]:
+    """The new modality and the new labels of a dataset.
+
+    Raises:
+        ModalityError: it does not go on where the model ends.
+    """
+    known: dict[str, list[bool]] = plans[PLANS_KEY][TRAINER]["modalities"]
+    cases: Modalities = modalities_of(new_json)
+    if list(cases.names[:-1]) != list(known):
+        raise ModalityError(
+            f"The model knows the modalities {', '.join(known)}; the dataset has {', '.join(cases.names)}. One more is "
+            "needed, behind those of the model in their order: merge the same datasets again, and the new one last."
+        )
+    old_labels, new_labels = (list(foreground(j)) for j in (old_json, new_json))
+    if new_labels[: len(old_labels)] != old_labels:
+        raise ModalityError(
+            f"The model's labels are {', '.join(old_labels)}; the dataset's are {', '.join(new_labels)}. They must "
+            "begin in the same way: merge the same datasets again, and the new one last."
+        )
+    for name, heads in known.items():
+        now = list(cases.classes(name))
+        if now[: len(heads)] != heads or any(now[len(heads) :]):
+            raise ModalityError(
+                f"In the dataset, other labels are annotated for {name} than those that the model learned for it. "
+                "Only the new modality may bring labels."
+            )
+    return cases.names[-1], tuple(new_labels[len(old_labels) :])
+
+
+def _larger(plans: Mapping[str, Any], name: str, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's plans for the new dataset."""
+    larger = {**deepcopy(dict(plans)), "dataset_name": name}
+    settings = larger[PLANS_KEY][TRAINER]
+    settings.update(find_trainer(TRAINER).from_dataset(dataset_json))
+    if settings["experts"] is not None:
+        settings["experts"] += 1
+    labels = PlansManager(larger).get_label_manager(dict(dataset_json))
+    space = LabelSpace(labels.num_segmentation_heads, labels.has_regions, labels.ignore_label)
+    larger[PLANS_KEY][LABELS_KEY] = vars(space).copy()
+    return larger
+
+
+def _network(plans: dict[str, Any], dataset_json: Mapping[str, Any], configuration: str) -> nn.Module:
+    manager = PlansManager(deepcopy(plans))
+    chosen = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, chosen, dict(dataset_json))
+    heads = plans[PLANS_KEY][LABELS_KEY]["num_heads"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the new head
+        return find_trainer(TRAINER).build_network_architecture(manager, chosen, channels, heads)
