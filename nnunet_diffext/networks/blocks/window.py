@@ -121,7 +121,7 @@ class WindowAttention(nn.Module):
     Args:
         dim: channels.
         heads: they divide the channels.
-        grid: that is expected; others work, too, but are cut anew in every pass.
+        grid: tokens for which tables are held; for other grids they are made in every pass.
         window: tokens per window, for every axis.
         shifted: windows are moved by half of their size.
     """
@@ -139,27 +139,25 @@ class WindowAttention(nn.Module):
         self.bias = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), heads))
         nn.init.trunc_normal_(self.bias, std=STD)
         self.register_buffer("index", relative_index(self.window), persistent=False)
-        for name, table in zip(("order", "masks"), self._windows(self.grid).tables(self.bias.device), strict=True):
+        self.windows = cut(self.grid, self.window, shifted)
+        for name, table in zip(("order", "masks"), self.windows.tables(self.bias.device), strict=True):
             self.register_buffer(name, table, persistent=False)
-
-    def _windows(self, grid: tuple[int, ...]) -> Windows:
-        return cut(grid, self.window, self.shifted)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, *grid, C)`` -> ``(B, *grid, C)``."""
         with autocast_off(x.device):
             grid = tuple(x.shape[1:-1])
-            windows = self._windows(grid)
+            windows = self.windows if grid == self.grid else cut(grid, self.window, self.shifted)
             axes = tuple(range(1, 1 + len(grid)))
             missing = [p - g for g, p in zip(grid, windows.padded, strict=True)]
             x = pad(x.float(), (0, 0, *(side for m in missing[::-1] for side in (0, m))))
             x = x.roll([-s for s in windows.shift], axes)
-            x = assemble(self._attend(partition(x, self.window), windows, grid), self.window, windows.padded)
+            x = assemble(self._attend(partition(x, self.window), windows), self.window, windows.padded)
             return x.roll(windows.shift, axes)[(slice(None), *(slice(g) for g in grid))]
 
-    def _attend(self, x: Tensor, windows: Windows, grid: tuple[int, ...]) -> Tensor:
+    def _attend(self, x: Tensor, windows: Windows) -> Tensor:
         """``(W, B, N, C)`` -> ``(W, B, N, C)``."""
-        order, masks = (self.order, self.masks) if grid == self.grid else windows.tables(x.device)
+        order, masks = (self.order, self.masks) if windows is self.windows else windows.tables(x.device)
         if order is not None:
             x = x[order]
         # (W, B, N, 3 C) -> three times (W, B, heads, N, C / heads)
