@@ -1,0 +1,99 @@
+"""M4oE's dynamic selection head: a projection per modality, written into the labels of all modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_diffext.diffusion import LabelSpace
+
+_ABSENT = -1e4
+"""Logit of a class that a modality does not have, in training: probability exactly 0, and finite in half precision.
+(The authors' code pads with 0, which beats every negative logit.)"""
+_ABSENT_LOG = -32.0
+"""The same beside log-probabilities: nnU-Net adds up predictions in half precision, times 10; 1e-14 is left of it."""
+
+
+class DynamicHead(nn.Module):
+    """Projections of the last tokens to the classes that each modality has.
+
+    Args:
+        width: channels of a token.
+        label_space: the K heads of all modalities together.
+        classes: for every modality, which of the K heads it has.
+    Raises:
+        ValueError: a modality without two classes (regions: one), or without the background; a wrong number of heads; a
+            head that no modality has.
+    """
+
+    def __init__(self, width: int, label_space: LabelSpace, classes: Sequence[Sequence[bool]]) -> None:
+        super().__init__()
+        self.label_space = label_space
+        _check(label_space, classes)
+        self.classes = [[k for k, has in enumerate(own) if has] for own in classes]
+        self.seg_layers = nn.ModuleList(nn.Linear(width, len(own)) for own in self.classes)
+
+    def forward(self, tokens: Tensor, modality: Tensor) -> Tensor:
+        """Logits ``(B, K, *patch)`` of every sample's own modality.
+
+        Args:
+            tokens: ``(B, *patch, width)``.
+            modality: ``(B,)``.
+        """
+        return self._select(tokens, modality, lambda logits: logits, _ABSENT)
+
+    def log_probabilities(self, tokens: Tensor, modality: Tensor) -> Tensor:
+        """The same as bounded log-probabilities, for prediction."""
+
+        def read(own: Tensor) -> Tensor:
+            return self.label_space.log_probabilities(self.label_space.probabilities(own))
+
+        return self._select(tokens, modality, read, _ABSENT_LOG)
+
+    def mixture(self, tokens: Tensor, share: Tensor) -> Tensor:
+        """``log sum_m P(m | x) P_m(c | x)`` ``(B, K, *patch)``, for samples of unknown modality.
+
+        Args:
+            tokens: ``(B, *patch, width)``.
+            share: ``P(m | x)``, ``(B, modalities)``.
+        """
+        total: Tensor | float = 0.0
+        for m, weight in enumerate(share.unbind(1)):
+            own = self.label_space.probabilities(self._own(tokens, m))
+            total = total + weight.view(-1, *(1,) * (own.ndim - 1)) * self._spread(own, m, 0.0)
+        return self.label_space.log_probabilities(total)
+
+    def _own(self, tokens: Tensor, m: int) -> Tensor:
+        """Logits ``(B, C_m, *patch)`` of modality m's classes."""
+        return self.seg_layers[m](tokens).movedim(-1, 1)
+
+    def _spread(self, own: Tensor, m: int, absent: float) -> Tensor:
+        """Modality m's classes ``(B, C_m, *)`` among all ``(B, K, *)``."""
+        union = own.new_full((len(own), self.label_space.num_heads, *own.shape[2:]), absent)
+        union[:, self.classes[m]] = own
+        return union
+
+    def _select(self, tokens: Tensor, modality: Tensor, read: Callable[[Tensor], Tensor], absent: float) -> Tensor:
+        """All heads on all samples, which is cheap: every head gets a gradient, if only zeros, as DDP demands."""
+        chosen: Tensor | None = None
+        for m in range(len(self.seg_layers)):
+            union = self._spread(read(self._own(tokens, m)), m, absent)
+            is_own = (modality == m).view(-1, *(1,) * (union.ndim - 1))
+            chosen = union if chosen is None else torch.where(is_own, union, chosen)
+        return chosen
+
+
+def _check(label_space: LabelSpace, classes: Sequence[Sequence[bool]]) -> None:
+    """What :class:`DynamicHead` raises."""
+    heads, regions = label_space.num_heads, label_space.regions
+    for m, own in enumerate(classes):
+        if len(own) != heads:
+            raise ValueError(f"Modality {m} names {len(own)} heads, but there are {heads}.")
+        if sum(own) < (1 if regions else 2) or not (regions or own[0]):
+            needed = "a region" if regions else "background and another class"
+            raise ValueError(f"Modality {m} needs {needed}, but has {list(own)}.")
+    missing = [k for k in range(heads) if not any(own[k] for own in classes)]
+    if missing:
+        raise ValueError(f"No modality has the heads {missing}: they could never be predicted.")

@@ -1,0 +1,141 @@
+"""One more modality for a trained network: nothing changes for the others (M4oE: "adaptation to new modalities")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_swin import images, learnt, make_net
+from torch import Tensor
+
+from nnunet_diffext.losses.balance import modality_loss
+from nnunet_diffext.networks.blocks.experts import GATES, ModalityExperts
+from nnunet_diffext.networks.m4oe import M4oENet, extend_weights
+
+OLD = {"CT": (True, True, False), "MR": (True, False, True)}
+SAME_LABELS = {**OLD, "US": (True, True, True)}
+NEW_LABEL = {"CT": (True, True, False, False), "MR": (True, False, True, False), "US": (True, True, False, True)}
+LARGER = (SAME_LABELS, NEW_LABEL)
+
+
+def grow(larger: dict[str, Any] = NEW_LABEL, kind: str = "2d", **options: Any) -> tuple[M4oENet, M4oENet]:
+    """A network, and one with a further modality that starts from its weights."""
+    old, new = make_net(kind, OLD, **options), learnt(make_net(kind, larger, **options), seed=5)
+    new.load_state_dict(extend_weights(old.state_dict(), old, new))
+    return old, new.eval()
+
+
+def same(new: Tensor, old: Tensor) -> bool:
+    """Every bit, in the labels that there were."""
+    return torch.equal(new[:, : old.shape[1]], old) and (new[:, old.shape[1] :] < -16).all().item()
+
+
+@pytest.mark.parametrize("larger", LARGER)
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_predictions_of_old_modalities_keep_every_bit(gate: str, larger: dict[str, Any]) -> None:
+    old, new = grow(larger, gate=gate)
+    x = images()
+    for activated in (False, True):
+        for m in range(2):
+            old.modality = new.modality = m
+            assert same(new(x), old(x)), (activated, m)
+        new.activate("US")
+        assert new.active.all()
+    assert new.since.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("larger", LARGER)
+@pytest.mark.parametrize("options", [*({"gate": gate} for gate in GATES), {"top1": True}, {"experts": 4}])
+@torch.no_grad()
+def test_unknown_modality_keeps_every_bit_until_the_new_one_is_active(
+    options: dict[str, Any], larger: dict[str, Any]
+) -> None:
+    options = {"gate": "token", **options}
+    old = make_net("2d", OLD, **options)
+    new = make_net("2d", larger, **{**options, **({"experts": 5} if "experts" in options else {})})
+    new.load_state_dict(extend_weights(old.state_dict(), old, new))
+    x = images()
+    assert same(new(x), old(x))
+    assert torch.equal(new.modality_probabilities(x)[:, :2], old.modality_probabilities(x))
+    assert new.modality_probabilities(x)[:, 2].max() == 0
+    new.activate("US")
+    assert new.modality_probabilities(x)[:, 2].min() > 0.05 and not same(new(x), old(x))
+
+
+@torch.no_grad()
+def test_new_modality_uses_its_expert_once_active() -> None:
+    _, new = grow()
+    x, us = images(), torch.full((3,), 2)
+    without = new(x, modality=us)
+    new.activate("US")
+    with_expert = new(x, modality=us)
+    assert (with_expert - without).abs().max() > 1e-4
+    for module in new.modules():
+        if isinstance(module, ModalityExperts):
+            module.weight_out[2] *= -20
+    assert (new(x, modality=us) - with_expert).abs().max() > 1e-2
+    old_modality = torch.zeros(3, dtype=torch.long)
+    changed = new(x, modality=old_modality)
+    new.active[2] = False
+    assert torch.equal(new(x, modality=old_modality), changed), "whatever becomes of the new expert"
+
+
+def test_new_expert_is_the_mean_of_the_others_and_its_gate_is_zero() -> None:
+    old, new = grow()
+    before, after = old.state_dict(), new.state_dict()
+    for key, tensor in after.items():
+        if key.rpartition(".")[2] in ModalityExperts.stacked:
+            torch.testing.assert_close(tensor[2], before[key].mean(0))
+            assert torch.equal(tensor[:2], before[key])
+        elif ".gate." in key:
+            assert tensor[2].abs().max() == 0 and torch.equal(tensor[:2], before[key])
+        elif key in before and key not in ("active", "since"):
+            assert torch.equal(tensor, before[key])
+    assert set(after) - set(before) == {"head.seg_layers.2.weight", "head.seg_layers.2.bias"}
+
+
+def test_free_experts_stay_behind_those_of_modalities() -> None:
+    """Expert m is that of modality m: the new one comes between."""
+    old = make_net("2d", OLD, experts=3)
+    new = make_net("2d", SAME_LABELS, experts=4)
+    new.load_state_dict(extend_weights(old.state_dict(), old, new))
+    assert new.active.tolist() == [True, True, False, True] and new.since.tolist() == [0, 0, 1, 0]
+    key = "decoder.levels.0.0.ffn.weight_in"
+    assert torch.equal(new.state_dict()[key][[0, 1, 3]], old.state_dict()[key])
+
+
+def test_a_second_new_modality() -> None:
+    _, new = grow(SAME_LABELS)
+    newer = make_net("2d", {**SAME_LABELS, "PET": (True, True, True)})
+    newer.load_state_dict(extend_weights(new.state_dict(), new, newer))
+    assert newer.since.tolist() == [0, 0, 1, 2] and newer.active.tolist() == [True, True, False, False]
+
+
+def test_gate_learns_to_tell_old_modalities_from_a_new_one() -> None:
+    """Although samples of old modalities never use the new expert."""
+    _, new = grow()
+    new.activate("US")
+    gates = new.train()(images(), modality=torch.zeros(3, dtype=torch.long)).encoder_gates
+    assert all(gate.load[:, 2].max() == 0 for gate in gates)
+    modality_loss(gates, torch.zeros(3, dtype=torch.long), 3).backward()
+    gate = new.encoder.levels[0][0].ffn.gate
+    assert gate.bias.grad[2] > 0, "descent makes it less probable"
+
+
+@pytest.mark.parametrize(
+    ("modalities", "options", "match"),
+    [
+        ({"US": (True, True, True), **OLD}, {}, "cannot become .*'US', 'CT', 'MR'"),
+        (OLD, {}, "one modality more"),
+        (SAME_LABELS, {"experts": 5}, "one expert more are needed"),
+        (SAME_LABELS, {"embed_dim": 16}, "differ in more than one modality: encoder.embedding.project.weight"),
+        ({**SAME_LABELS, "MR": (True, True, True)}, {}, "differ in more than one modality: head.seg_layers.1.weight"),
+        (SAME_LABELS, {"where": "encoder"}, "differ in more than one modality"),
+    ],
+)
+def test_other_differences_are_refused(modalities: dict[str, Any], options: dict[str, Any], match: str) -> None:
+    old, new = make_net("2d", OLD), make_net("2d", modalities, **options)
+    with pytest.raises(ValueError, match=match):
+        extend_weights(old.state_dict(), old, new)
