@@ -94,6 +94,10 @@ class DMEDSettings(MethodSettings):
         2 / 3, "edge of the cuboid exchanged between labelled and unlabelled patches, relative to the patch",
         number="copyPaste#", switches={"noCopyPaste": 0.0}, minimum=0, maximum=1,
     )  # fmt: skip
+    mix_share: float = setting(
+        1.0, "copy-paste: share of the steps that mix; in the others, images stay whole, as they are at prediction",
+        number="mix#", minimum=0, maximum=1,
+    )  # fmt: skip
     both_directions: bool = setting(
         True, "copy-paste: train on both images of an exchange, twice the batch, or on one of them per pair",
         switches={"oneDirection": False},
@@ -191,8 +195,9 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         clean, valid = self.label_space.encode(batch["target"])
         valid = valid.to(clean.dtype)
         image, target, labeled, pseudo = labeled_image, clean, valid, None
+        mixes = "unlabeled" in batch and self.mixes and (s.mix_share == 1 or float(torch.rand(())) < s.mix_share)
         if "unlabeled" in batch:
-            image, target, labeled, pseudo = self.with_unlabeled(labeled_image, clean, valid, batch["unlabeled"])
+            image, target, labeled, pseudo = self.with_unlabeled(labeled_image, clean, valid, batch["unlabeled"], mixes)
 
         diffusion = {}
         if s.diffusion_weight > 0:
@@ -202,7 +207,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         out: DMEDOutput = self.network(image, leaky=target if s.leaky else None, **diffusion)
 
         # a mixed patch holds pieces of two images, often without foreground: their Dice means little one by one
-        pool = pseudo is not None and self.mixes
+        pool = mixes
         losses = {"sup": self.segmentation_loss(out.fused, target, labeled, pool)}
         losses["sup_experts"] = self.expert_losses(out, target, labeled, pool)
         if pseudo is not None and s.lambda_cac > 0:
@@ -222,11 +227,11 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
         return sum(self.segmentation_loss(expert, target, weight, pool) for expert in (out.de, out.ce))
 
     def with_unlabeled(
-        self, image: Tensor, clean: Tensor, valid: Tensor, unlabeled: Tensor
+        self, image: Tensor, clean: Tensor, valid: Tensor, unlabeled: Tensor, mixes: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Student images, targets, and the weights of labelled and pseudo-labelled voxels.
 
-        With copy-paste, ``2 B`` samples in which a cuboid of one image lies in the other (``B`` for one direction per
+        If it ``mixes``, ``2 B`` samples in which a cuboid of one image lies in the other (``B`` for one direction per
         pair); without, the ``B`` labelled images followed by the ``B`` unlabelled ones.
         """
         s = self.settings
@@ -238,7 +243,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             (image, student), (clean, pseudo_onehot.to(clean.dtype)),
             (valid, nothing), (nothing, confidence.to(valid.dtype)),
         )  # fmt: skip
-        if not self.mixes:
+        if not mixes:
             return tuple(torch.cat(pair) for pair in pairs)
         mask = random_cuboid(len(image), image.shape[2:], s.copy_paste, image.device)
         if s.both_directions:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, make_batch, make_trainer, parameters_of, ready_trainer
+from tiny import KINDS, make_batch, make_trainer, ready_trainer
 from torch import Tensor
-
-from nnunet_diffext.data.loaders import PairedLoader
-from nnunet_diffext.losses.segmentation import dice_ce_loss
 
 REGIONS = {"background": 0, "whole": [1, 2], "core": [2]}
 IGNORE = {"background": 0, "ball": 1, "ignore": 2}
@@ -190,99 +185,6 @@ def test_threshold_counts_confident_voxels_without_weighing_them() -> None:
     assert shares[0] == 1 > shares[1] > shares[2] == 0
 
 
-# ------------------------------------------------------------------ which voxels count where
-@pytest.mark.parametrize(
-    ("tokens", "samples"),
-    [("", 4), ("oneDirection", 2), ("noCopyPaste", 4), ("copyPaste0p5", 4), ("paper", 4)],
-)
-@pytest.mark.parametrize("labels", [None, IGNORE, REGIONS], ids=["softmax", "ignore", "regions"])
-def test_every_voxel_is_labelled_or_pseudo_labelled(tokens: str, samples: int, labels: dict | None) -> None:
-    """Image, target and weights of the student are mixed alike: a voxel's label is its image's."""
-    trainer = ready_trainer(tokens, labels=labels)
-    batch = make_batch(trainer)
-    if labels is IGNORE:
-        batch["target"][:, :, :4] = 2
-    clean, valid = trainer.label_space.encode(batch["target"])
-    weak, strong = trainer.views(batch["unlabeled"])
-    pseudo, confidence = trainer.pseudo_labels(weak)
-    student = strong if trainer.settings.strong_intensity else weak
-    torch.manual_seed(0)
-    image, target, labeled, unlabeled = trainer.with_unlabeled(batch["data"], clean, valid.float(), batch["unlabeled"])
-    assert [len(x) for x in (image, target, labeled, unlabeled)] == [samples] * 4
-    assert ((labeled > 0) & (unlabeled > 0)).sum() == 0
-    # noise makes every image value unique: it tells where a voxel came from
-    sources = [(batch["data"], clean, valid.float(), labeled), (student, pseudo, confidence, unlabeled)]
-    found = torch.zeros_like(labeled, dtype=torch.bool)
-    for values, targets, weights, result in sources:
-        for i in range(samples):
-            same = image[i] == values[i % 2]
-            found[i] |= same
-            assert torch.equal(target[i] * same, targets[i % 2] * same)
-            assert torch.equal(result[i] * same, weights[i % 2] * same)
-            assert (result[i][~same] == 0).all()
-    assert found.all()
-
-
-def test_without_consistency_nobody_makes_pseudo_labels() -> None:
-    """The alignment still sees the unlabelled images, beside the labelled ones."""
-    trainer = ready_trainer("noCACL_IEFA")
-    batch = make_batch(trainer)
-    clean, valid = trainer.label_space.encode(batch["target"])
-    image, _, labeled, pseudo = trainer.with_unlabeled(batch["data"], clean, valid.float(), batch["unlabeled"])
-    assert torch.equal(image, torch.cat([batch["data"], trainer.views(batch["unlabeled"])[1]]))
-    assert torch.equal(labeled, torch.cat([valid.float(), torch.zeros_like(labeled[2:])]))
-    assert pseudo.sum() == 0 and trainer.teacher is None
-    assert {"cac", "cac_experts"}.isdisjoint(losses_of(trainer, batch))
-
-
-def test_copy_paste_uses_either_image_as_background() -> None:
-    """The box holds 4/9 of a 2D patch; every other one is inverted, so that the shares are balanced."""
-    trainer = ready_trainer("noStrong_oneDirection")
-    batch = make_batch(trainer)
-    clean, valid = trainer.label_space.encode(batch["target"])
-    shares = []
-    for seed in range(6):
-        torch.manual_seed(seed)
-        _, _, labeled, _ = trainer.with_unlabeled(batch["data"], clean, valid.float(), batch["unlabeled"])
-        shares.append(labeled.mean((1, 2, 3)).tolist())
-    box = round(2 / 3 * 16) * round(2 / 3 * 24) / (16 * 24)
-    for pair in shares:
-        assert sorted(pair) == pytest.approx(sorted([box, 1 - box]), abs=1e-6)
-    assert len({pair[0] > pair[1] for pair in shares}) == 2, "always the same sample is inverted"
-
-
-def test_student_sees_the_strong_view_and_the_teacher_the_weak_one() -> None:
-    trainer = ready_trainer("noCopyPaste")
-    trainer.start_teacher()
-    seen: dict[str, Tensor] = {}
-    trainer.teacher.register_forward_hook(lambda _, args, __: seen.__setitem__("teacher", args[0]))
-    trainer.network.register_forward_hook(lambda _, args, __: seen.__setitem__("student", args[0]))
-    batch = make_batch(trainer)
-    trainer.compute_losses(batch)
-    assert torch.equal(seen["teacher"], batch["unlabeled"][:, :1])
-    assert torch.equal(seen["student"], torch.cat([batch["data"], batch["unlabeled"][:, 1:]]))
-
-
-def test_labels_of_unlabelled_cases_are_not_even_in_the_batch() -> None:
-    """nnU-Net's loader makes a target for every case; the pair of streams drops it, so garbage changes no bit."""
-    trainer = ready_trainer()
-    batch = make_batch(trainer)
-    labeled = {"data": batch["data"], "target": batch["target"]}
-    results = []
-    for seed in (1, 2):
-        garbage = torch.randint(2, batch["target"].shape, generator=torch.Generator().manual_seed(seed))
-        paired = PairedLoader(iter([labeled]), iter([{"data": batch["unlabeled"], "target": garbage}]))
-        mixed = next(paired)
-        assert set(mixed) == {"data", "target", "unlabeled"} and mixed["target"] is labeled["target"]
-        losses = losses_of(trainer, mixed)
-        trainer.optimizer.zero_grad()
-        sum(losses.values()).backward()
-        results.append((losses, {n: p.grad.clone() for n, p in trainer.network.named_parameters()}))
-    (losses_a, gradients_a), (losses_b, gradients_b) = results
-    assert all(torch.equal(losses_a[k], losses_b[k]) for k in losses_a)
-    assert all(torch.equal(gradients_a[k], gradients_b[k]) for k in gradients_a)
-
-
 def test_ignored_voxels_do_not_matter() -> None:
     """Their label value is the ignore label whatever lies beneath; the image there still takes part."""
     trainer = ready_trainer("noCACL", labels=IGNORE)
@@ -342,115 +244,3 @@ def test_uncertain_locations_weigh_more_in_the_alignment() -> None:
     p = out.fused.softmax(1)
     entropy = -(p * p.log()).sum(1, keepdim=True) / math.log(2)
     torch.testing.assert_close(weight, torch.nn.functional.avg_pool2d(entropy, 4), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "unlabeled", "planned", "pooled"),
-    [
-        ("", True, False, True),
-        ("oneDirection", True, False, True),
-        ("", False, False, False),
-        ("", False, True, True),
-        ("noCACL_IEFA", True, False, False),
-        ("noCopyPaste", True, False, False),
-        ("paper", True, True, True),
-    ],
-)
-def test_dice_is_pooled_over_mixed_patches(tokens: str, unlabeled: bool, planned: bool, pooled: bool) -> None:
-    """Of a mixed patch each image holds a piece only, often without foreground; otherwise as nnU-Net planned it."""
-    trainer = ready_trainer(tokens, batch_dice=planned)
-    terms: list[tuple[Tensor, ...]] = []
-    whole = trainer.segmentation_loss
-    trainer.segmentation_loss = lambda *args: terms.append(args[:3]) or whole(*args)
-    batch = make_batch(trainer, unlabeled=unlabeled)
-    batch["target"][0] = 0
-    batch["target"][0, 0, 0, 0] = 1
-    sup = losses_of(trainer, batch)["sup"]
-    by_pool = {pool: dice_ce_loss(*terms[0], batch_dice=pool).item() for pool in (False, True)}
-    assert abs(by_pool[False] - by_pool[True]) > 1e-3
-    assert sup.item() == pytest.approx(by_pool[pooled], rel=1e-5)
-
-
-# ------------------------------------------------------------------ settings reach what they name
-def test_settings_are_recorded_in_the_plans() -> None:
-    trainer = make_trainer("paper_iefa0_7epochs_3iters_lr1e-3_seed5")
-    recorded = trainer.plans_manager.plans["diffext"]
-    assert recorded["DMEDSegTrainer"] == trainer.settings.as_dict()
-    assert recorded["label_space"] == {"num_heads": 2, "regions": False, "ignore_label": None}
-    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.initial_lr) == (7, 3, 1e-3)
-    s = recorded["DMEDSegTrainer"]
-    assert (s["lambda_iefa"], s["copy_paste"], s["ema_decay"], s["momentum"], s["seed"]) == (0.0, 0.0, 0.0, 0.9, 5)
-    name = "DMEDSegTrainer_paper_iefa0_7epochs_3iters_lr1e-3_seed5"
-    assert Path(trainer.output_folder_base).name == f"{name}__nnUNetPlans__2d"
-
-
-def test_plans_block_is_the_default_and_the_name_wins() -> None:
-    plans = make_trainer().plans_manager.plans
-    plans["diffext"]["DMEDSegTrainer"].update(lambda_cac=0.25, lambda_iefa=0.75)
-    plans["continue_training"] = False
-    trainer = make_trainer("iefa0", plans=plans)
-    assert (trainer.settings.lambda_cac, trainer.settings.lambda_iefa) == (0.25, 0.0)
-
-
-def test_optimizer_of_the_settings() -> None:
-    trainer = ready_trainer("paper_lr1e-3_wd1e-4")
-    group = trainer.optimizer.param_groups[0]
-    assert isinstance(trainer.optimizer, torch.optim.SGD)
-    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (1e-3, 0.9, True, 1e-4)
-    own = {id(p) for p in trainer.network.parameters()}
-    assert {id(p) for g in trainer.optimizer.param_groups for p in g["params"]} == own
-
-
-def test_seed_of_the_name_fixes_the_initial_weights() -> None:
-    a, b, c = (parameters_of(ready_trainer(t).network) for t in ("seed1", "seed1", "seed2"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert any(not torch.equal(a[k], c[k]) for k in a)
-
-
-@pytest.mark.parametrize(("tokens", "labelled"), [("", 10), ("20percent", 2), ("1percent", 1), ("100percent", 10)])
-def test_labeled_percent_moves_training_cases_to_the_unlabelled_ones(tokens: str, labelled: int) -> None:
-    """Section 4.6; at least one label is kept, validation cases stay, and every other image remains in use."""
-    trainer = make_trainer(tokens)
-    folder = Path(trainer.preprocessed_dataset_folder)
-    train, val = [f"case_{i:03d}" for i in range(10)], ["case_010", "case_011"]
-    for name in train + val:
-        (folder / f"{name}.b2nd").touch()
-        (folder / f"{name}.pkl").touch()
-    (folder.parent / "splits_final.json").write_text(json.dumps([{"train": train, "val": val}]))
-    (folder.parent / "dataset.json").write_text(json.dumps(trainer.dataset_json))
-    trainer.initialize()
-    chosen, validation = trainer.do_split()
-    split, pool = trainer._split, trainer._find_pool()
-    assert validation == val
-    assert len(chosen) == labelled and set(chosen) <= set(train)
-    assert set(split.unlabeled) == set(train) - set(chosen)
-    assert len(pool.cases) == 10 - labelled
-
-
-@pytest.mark.parametrize(
-    ("tokens", "read", "value"),
-    [
-        ("", lambda n: (n.target_scale, n.noise_seed, n.schedule.name), (0.1, 0, "cosine")),
-        ("bscale0p5", lambda n: n.target_scale, 0.5),
-        ("noise3", lambda n: n.noise_seed, 3),
-        ("linear", lambda n: n.schedule.name, "linear"),
-        ("featuresOnly", lambda n: n.fusion.fuse_predictions, False),
-        ("fixedAverage", lambda n: n.fusion, None),
-        ("halfDE", lambda n: len(n.de.encoder), 2),
-        ("CEonly", lambda n: n.de, None),
-        ("DEonly", lambda n: n.ce, None),
-        ("", lambda n: n.project, None),
-    ],
-)
-def test_settings_reach_the_network(tokens: str, read: Any, value: Any) -> None:
-    assert read(ready_trainer(tokens).network) == value
-
-
-@pytest.mark.parametrize(("tokens", "term"), [("tau0p5", "iefa"), ("recycle", "diffusion")])
-def test_settings_reach_the_losses(tokens: str, term: str) -> None:
-    """Same weights, batch and random numbers: that term changes."""
-    plain, other = ready_trainer("IEFA_noEMA"), ready_trainer(f"IEFA_noEMA_{tokens}")
-    other.network.load_state_dict(plain.network.state_dict())
-    batch = make_batch(plain)
-    a, b = losses_of(plain, batch), losses_of(other, batch)
-    assert torch.equal(a["sup"], b["sup"]) and not torch.equal(a[term], b[term])
