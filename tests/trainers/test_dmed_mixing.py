@@ -90,6 +90,7 @@ def test_copy_paste_uses_either_image_as_background() -> None:
 def test_share_of_the_steps_that_mix(share: str, expected: int) -> None:
     """In the others the labelled images stay whole."""
     trainer = ready_trainer(share)
+    trainer.start_teacher()  # now, or its copy of the network would have the hook as well
     batch = make_batch(trainer)
     seen: list[Tensor] = []
     trainer.network.register_forward_hook(lambda _, args, __: seen.append(args[0]))
