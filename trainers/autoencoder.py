@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnunet_diffext.data.dataset import foreground_labels
+from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.files import write_atomically
 from nnunet_diffext.networks.mask_autoencoder import AutoencoderOutput, MaskAutoencoder
 from nnunet_diffext.settings import setting
@@ -82,7 +82,7 @@ class MaskAutoencoderTrainer(AdamTrainer):
         dice = self.logger.local_logger.my_fantastic_logging["dice_per_class_or_region"]
         if self.local_rank > 0 or not dice:
             return
-        names = foreground_labels(self.dataset_json["labels"], self.label_manager)
+        names = foreground(self.dataset_json, unique=False)
         named = dict(zip(names, map(float, dice[-1]), strict=True))
         file = Path(self.output_folder) / "validation" / RESULT
         file.parent.mkdir(parents=True, exist_ok=True)

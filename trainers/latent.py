@@ -7,7 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from nnunet_diffext.data.dataset import foreground_labels
+from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, too_lossy
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.averaged import AveragedTrainer
@@ -65,7 +65,7 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
             counts = score.counts.to(self.device)
             dist.all_reduce(counts)
             score.counts = counts.cpu()
-        names = list(foreground_labels(self.dataset_json["labels"], self.label_manager))
+        names = list(foreground(self.dataset_json, unique=False))
         dice = score.dice()
         said = ", ".join(f"{name} {d:.4f}" for name, d in zip(names, dice, strict=True))
         self.print_to_log_file(f"Reconstruction Dice of {batches * self.batch_size} training patches: {said}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffext.data.dataset import foreground_labels
+from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.data.prompts import prompts_for
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, label_share
 from nnunet_diffext.losses.diffusion import masked_error
@@ -237,7 +237,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
         if self._reconstruction is None:
             return
         dice = self._reconstruction.dice()
-        names = foreground_labels(self.dataset_json["labels"], self.label_manager)
+        names = foreground(self.dataset_json, unique=False)
         said = ", ".join(f"{name} {d:.3f}" for name, d in zip(names, dice, strict=True))
         share = label_share(self._latents)
         self.print_to_log_file(f"Labels reconstructed: {said}; share of latent variance between cases {share:.3f}")

@@ -178,9 +178,13 @@ def diffext_block(
     return block
 
 
-def foreground(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def foreground(dataset_json: Mapping[str, Any], *, unique: bool = True) -> dict[str, tuple[int, ...]]:
     """Name -> label values of the segmentation heads without background: labels by value, regions as they stand.
 
+    Args:
+        dataset_json: content of the file.
+        unique: refuse two names for one value. nnU-Net makes one label of them, which otherwise has the last of the
+            names: what only reads a trained model must not be stricter than the training was.
     Raises:
         ValueError: no such labels, or two names for one.
     """
@@ -195,22 +199,7 @@ def foreground(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise ValueError('dataset.json["labels"] has no label but background.')
     if regions:
         return labels
-    if len(set(labels.values())) < len(labels):
+    names = {values: name for name, values in sorted(labels.items(), key=lambda item: item[1])}
+    if unique and len(names) < len(labels):
         raise ValueError('dataset.json["labels"] has two names for one value; nnU-Net makes one label of them.')
-    return dict(sorted(labels.items(), key=lambda item: item[1]))
-
-
-def foreground_labels(declared: Mapping[str, Any], label_manager: Any) -> dict[str, tuple[int, ...]]:
-    """Name in ``dataset.json`` -> label values, for every foreground label (region), in the order of the heads.
-
-    Args:
-        declared: ``labels`` of dataset.json.
-        label_manager: nnU-Net's.
-    """
-
-    def values(v: Any) -> tuple[int, ...]:
-        return tuple(map(int, v)) if isinstance(v, (tuple, list)) else (int(v),)
-
-    keys = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    names = {values(v): name for name, v in declared.items()}
-    return {names.get(values(key), str(key)): values(key) for key in keys}
+    return {name: values for values, name in names.items()}

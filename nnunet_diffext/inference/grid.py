@@ -14,7 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager, convert_labelmap_to_one_hot
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_diffext.data.dataset import foreground_labels
+from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.diffusion import LabelSpace
 
 
@@ -67,7 +67,7 @@ class ModelPlans:
     def foreground(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Name in dataset.json -> label values it consists of, and the index of its probability."""
         offset = 0 if self.labels.has_regions else 1
-        labels = foreground_labels(self.dataset_json["labels"], self.labels)
+        labels = foreground(self.dataset_json, unique=False)
         return {name: (values, index + offset) for index, (name, values) in enumerate(labels.items())}
 
 

@@ -63,8 +63,11 @@ def test_no_foreground(labels: dict[str, Any]) -> None:
 
 
 def test_two_names_for_one_head() -> None:
+    labels = {"background": 0, "c": 2, "a": 1, "b": 1}
     with pytest.raises(ValueError, match="two names for one value"):
-        prompts_for(dataset({"background": 0, "a": 1, "b": 1}))
+        prompts_for(dataset(labels))
+    assert foreground(dataset(labels), unique=False) == {"b": (1,), "c": (2,)}
+    assert len(LabelManager(labels, None).foreground_labels) == 2, "one name for every head"
 
 
 # ------------------------------------------------------------------------------------------------------ dataset.json
