@@ -1,0 +1,207 @@
+"""M4oE: one network for several modalities, next to one nnU-Net per dataset and one nnU-Net for all.
+
+    python benchmarks/modalities.py --work DIR [--data .../Dataset910_LeftAtrium]
+    python benchmarks/modalities.py --table
+
+The data are those of modality_data.py: four partly annotated sources in three modalities. Test images have complete
+labels, and a modality is asked for every label that one of its sources annotated. Trainings have the same patch, batch
+and number of iterations; the pre-training of M4oE comes on top. With --data, a trained M4oE learns the left atrium as a
+fourth modality, with and without its old parts frozen, and is tested on all four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from common import load_json, save_json
+from modality_data import ATRIUM_MODALITY, CONFIGURATION, FOUR, PLANS, SOURCES, THREE, labels_of, prepare
+
+from nnunet_diffext.demo.commands import EpochReport, nnunet_environment, run_command
+from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS
+from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.files import FINAL
+
+MODALITIES = tuple(dict.fromkeys(s.modality for s in SOURCES))
+SIZE = "dim24"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training on the merged data: tokens of its trainer, and of the pre-training that it starts from."""
+
+    trainer: str
+    pretraining: str | None = None
+
+
+ROWS = {
+    "nnU-Net, merged": Row("nnUNetTrainer"),
+    "nnU-Net, merged, mask": Row("nnUNetTrainer_maskUnannotated"),
+    "M4oE": Row(f"M4oETrainer_{SIZE}", ""),
+    "M4oE, noMAE": Row(f"M4oETrainer_{SIZE}_noMAE"),
+    "M4oE, asBackground": Row(f"M4oETrainer_{SIZE}_asBackground", ""),
+    "M4oE, woMoE": Row(f"M4oETrainer_{SIZE}_woMoE", "_plain"),
+    "M4oE, encoderOnly": Row(f"M4oETrainer_{SIZE}_encoderOnly", ""),
+    "M4oE, decoderOnly": Row(f"M4oETrainer_{SIZE}_decoderOnly", "_plain"),
+    "M4oE, noGN": Row(f"M4oETrainer_{SIZE}_noGN", ""),
+    "M4oE, officialGate": Row(f"M4oETrainer_{SIZE}_officialGate", ""),
+    "M4oE, top1": Row(f"M4oETrainer_{SIZE}_top1_balance0p01", ""),
+}
+PER_DATASET = "one nnU-Net per dataset"
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """1 if both are empty."""
+    total = int(prediction.sum() + reference.sum())
+    return 2 * float((prediction & reference).sum()) / total if total else 1.0
+
+
+class Benchmark:
+    """Trains, predicts and scores; what is finished is not repeated."""
+
+    def __init__(self, work: Path, epochs: int, iterations: int, out: Path, atrium: Path | None) -> None:
+        self.work, self.out, self.epochs = work, out, epochs
+        self.budget = f"{epochs}epochs_{iterations}iters_2valiters_seed1"
+        self.env = nnunet_environment(work, num_processes=1)
+        prepare(work, self.env, atrium)
+
+    def train(self, dataset: str, trainer: str, **variables: str) -> Path:
+        """One training through the stock command; returns the model folder."""
+        folder = Path(self.env["nnUNet_results"]) / dataset / f"{trainer}_{self.budget}__{PLANS}__{CONFIGURATION}"
+        if not (folder / "fold_0" / FINAL).is_file():
+            shutil.rmtree(folder / "fold_0", ignore_errors=True)
+            command = ["nnUNetv2_train", dataset[7:10], CONFIGURATION, "0", "-tr", f"{trainer}_{self.budget}"]
+            log = self.work / "logs" / f"{dataset}_{trainer}.log"
+            run_command([*command, "-device", "cpu"], {**self.env, **variables}, log, report=EpochReport(self.epochs))
+        return folder
+
+    def predict(self, model: Path, modality: str, *flags: str) -> Path:
+        """Test images of a modality through ``nnunet_diffext predict``, without mirroring."""
+        out = self.work / "predictions" / f"{model.parent.name}_{model.name}" / "_".join([modality, *flags])
+        if not (out / "quality.csv").is_file():
+            images = str(self.work / "tests" / modality / "images")
+            command = ["nnunet_diffext", "predict", "-i", images, "-o", str(out), "-m", str(model), "-f", "0"]
+            command += ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
+            run_command(command, self.env, self.work / "logs" / f"predict_{modality}.log")
+        return out
+
+    def score(self, predictions: Path, model: Path, modality: str, labels: Sequence[str]) -> dict[str, float]:
+        """Mean Dice per label. Background in a prediction is whatever is none of its labels."""
+        values = load_json(model / "dataset.json")["labels"]
+        references = self.work / "tests" / modality / "labels"
+        scores: dict[str, list[float]] = {label: [] for label in labels}
+        for file in sorted(references.glob(f"*{FILE_ENDING}")):
+            reference = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(predictions / file.name)))
+            if modality != ATRIUM_MODALITY and "lesion" not in labels_of(modality):
+                reference[reference == LABELS["lesion"]] = LABELS["liver"]
+            for label in labels:
+                true = reference == (LABELS[label] if modality != ATRIUM_MODALITY else 1)
+                scores[label].append(dice(prediction == values[label], true))
+        return {label: float(np.mean(v)) for label, v in scores.items()}
+
+    def record(self, name: str, scores: dict[str, dict[str, float]], **more: Any) -> None:
+        """Add one row to the result file."""
+        content = load_json(self.out)
+        content.setdefault("rows", {})[name] = {"dice": scores, "budget": self.budget, **more}
+        content.setdefault("provenance", provenance())
+        save_json(content, self.out)
+        print(f"{name}: " + ", ".join(f"{m} {np.mean(list(s.values())):.4f}" for m, s in scores.items()), flush=True)
+
+    def per_dataset(self) -> None:
+        """One nnU-Net for every source; each answers for the labels that it has learnt."""
+        scores: dict[str, dict[str, float]] = {}
+        for source in SOURCES:
+            model = self.train(source.name, "nnUNetTrainer")
+            found = self.score(self.predict(model, source.modality), model, source.modality, source.labels)
+            scores.setdefault(source.modality, {}).update(found)
+        self.record(PER_DATASET, scores)
+
+    def merged(self, name: str, row: Row) -> Path:
+        """One network for all sources."""
+        variables = {}
+        if row.pretraining is not None:
+            stage = self.train(THREE, f"M4oEPretrainTrainer_{SIZE}{row.pretraining}")
+            variables["nnUNet_diffext_pretraining"] = str(stage)
+        start = time.perf_counter()
+        model = self.train(THREE, row.trainer, **variables)
+        minutes = (time.perf_counter() - start) / 60
+        known = row.trainer.startswith("M4oE")
+        for told in (True, False) if known else (False,):
+            scores = {}
+            for modality in MODALITIES:
+                predictions = self.predict(model, modality, *(["--modality", modality] if told else []))
+                scores[modality] = self.score(predictions, model, modality, labels_of(modality))
+            self.record(name + (", modality given" if told else ""), scores, minutes=minutes)
+        return model
+
+    def growth(self) -> None:
+        """The left atrium as a fourth modality of the trained M4oE."""
+        model = self.merged("M4oE", ROWS["M4oE"])
+        larger = self.work / "larger" / model.name
+        if not larger.is_dir():
+            larger.parent.mkdir(exist_ok=True)
+            command = ["nnunet_diffext", "add_modality", "-m", str(model), "-d", FOUR[7:10], "-o", str(larger)]
+            run_command(command, self.env, self.work / "logs" / "add_modality.log")
+        trainings = {
+            "before": larger,
+            "all trained on": self.train(FOUR, f"M4oETrainer_{SIZE}", nnUNet_diffext_pretraining=str(larger)),
+            "freezeOld": self.train(FOUR, f"M4oETrainer_{SIZE}_freezeOld", nnUNet_diffext_pretraining=str(larger)),
+            "from scratch, noMAE": self.train(FOUR, f"M4oETrainer_{SIZE}_noMAE"),
+        }
+        for name, folder in trainings.items():
+            scores = {}
+            for modality in (*MODALITIES, ATRIUM_MODALITY):
+                predictions = self.predict(folder, modality, "--modality", modality)
+                scores[modality] = self.score(predictions, folder, modality, labels_of(modality))
+            self.record(f"fourth modality: {name}", scores)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown."""
+    columns = [*MODALITIES, ATRIUM_MODALITY]
+    lines = ["| training | " + " | ".join(columns) + " | mean of the first three |", "|---" * (len(columns) + 2) + "|"]
+    for name, row in content.get("rows", {}).items():
+        means = {m: float(np.mean(list(labels.values()))) for m, labels in row["dice"].items()}
+        cells = [f"{means[m]:.4f}" if m in means else "" for m in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {np.mean([means[m] for m in MODALITIES]):.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for data, results and logs")
+    parser.add_argument("--data", type=Path, help="raw dataset folder Dataset910_LeftAtrium")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument("--rows", nargs="+", default=[PER_DATASET, *ROWS], choices=[PER_DATASET, *ROWS], metavar="ROW")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    args = parser.parse_args()
+    if args.table:
+        print(table(load_json(args.out)))
+        return 0
+    if args.work is None:
+        parser.error("--work is needed, except with --table")
+    benchmark = Benchmark(args.work, args.epochs, args.iters, args.out, args.data and args.data.resolve())
+    for name in args.rows:
+        if name == PER_DATASET:
+            benchmark.per_dataset()
+        else:
+            benchmark.merged(name, ROWS[name])
+    if args.data is not None:
+        benchmark.growth()
+    print(table(load_json(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
