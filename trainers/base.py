@@ -20,6 +20,7 @@ from nnunet_diffext.losses.segmentation import dice_ce_loss
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
 from nnunet_diffext.trainers.configured import CUDA, ConfiguredTrainer
+from nnunet_diffext.trainers.precision import check_bfloat16
 
 MAX_BAD_STEPS = 50
 """Consecutive steps with non-finite gradients after which a training is given up."""
@@ -84,7 +85,8 @@ class DiffextTrainer(ConfiguredTrainer):
                 self.configuration_manager.network_arch_init_kwargs_req_import,
             ).check_patch(self.configuration_manager.patch_size)
             if self.device.type == "cpu" and self.settings.cpu_bfloat16:
-                self._check_bfloat16()
+                c = self.configuration_manager
+                check_bfloat16(c.patch_size, c.pool_op_kernel_sizes)
         super().initialize()
 
     def _do_i_compile(self) -> bool:
@@ -130,18 +132,6 @@ class DiffextTrainer(ConfiguredTrainer):
         if self.device.type == "cpu" and self.settings.cpu_bfloat16:
             return autocast("cpu", dtype=torch.bfloat16)
         return dummy_context()
-
-    def _check_bfloat16(self) -> None:
-        """oneDNN (torch 2.15) leaves parts of the weight gradient of a 3x3x3 convolution over two slices unwritten."""
-        patch, strides = self.configuration_manager.patch_size, self.configuration_manager.pool_op_kernel_sizes
-        depths = patch[0] // np.cumprod(np.vstack(strides), axis=0)[:, 0]
-        if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            raise ValueError("Token 'bf16': this CPU does not compute bfloat16 natively. Leave the token out.")
-        if len(patch) == 3 and 2 in depths:
-            raise ValueError(
-                f"Token 'bf16': some stage of this network sees two slices (depths {depths.tolist()}), for which "
-                "PyTorch's CPU convolutions compute wrong bfloat16 gradients. Leave the token out, or change the patch."
-            )
 
     def train_step(self, batch: dict) -> dict:
         """One optimisation step on the weighted sum of the losses; a step with non-finite gradients is skipped."""
