@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 
 from nnunet_diffext.evaluation.expert_usage import ExpertUsage
 from nnunet_diffext.losses.balance import balance_loss, modality_loss
-from nnunet_diffext.losses.segmentation import dice_ce_loss, merge_unannotated
+from nnunet_diffext.losses.segmentation import dice_ce_loss, merge_unannotated, without_unannotated
 from nnunet_diffext.networks.blocks.experts import GATES
 from nnunet_diffext.networks.m4oe import WHERE, M4oENet, M4oEOutput
 from nnunet_diffext.networks.m4oe_transfer import freeze_all_but, start_from_pretraining
-from nnunet_diffext.settings import SettingsError, setting
+from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.configured import ConfiguredTrainer
-from nnunet_diffext.trainers.multimodal import MultimodalTrainer, SwinSettings
+from nnunet_diffext.trainers.multimodal import MultimodalTrainer, SwinSettings, instead
 from nnunet_diffext.trainers.staged import StagedTrainer, load_weights
 
 ONE_MODALITY = "One modality: its experts are shared out by the gate alone, which nothing but the loss tells apart."
@@ -85,6 +86,8 @@ class M4oESettings(SwinSettings):
         super().__post_init__()
         if self.top1 and self.gate not in ("token", "sample"):
             raise SettingsError("'top1' needs a gate over experts: leave out 'noGN' or 'officialGate'.")
+        if self.freeze_old and not self.pretrained:
+            raise SettingsError("'freezeOld' trains on from a model of nnunet_diffext add_modality: leave out 'noMAE'.")
 
     @property
     def tells(self) -> bool:
@@ -145,7 +148,8 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
 
     def check_stage(self, stage: Stage) -> None:
         """Phase 1 of the same modalities, or a model that ``add_modality`` has extended."""
-        theirs = stage.plans.get("diffext", {}).get(stage.trainer_name.split("_")[0], {}).get("modalities")
+        trainer = stage.trainer_name.split("_")[0]
+        theirs = stage.plans.get(PLANS_KEY, {}).get(trainer, {}).get("modalities")
         if theirs is None:
             raise StageError(
                 f"{stage.folder} was trained by {stage.trainer_name}, which is no pre-training of M4oE. "
@@ -156,6 +160,12 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
                 f"{stage.folder} knows the modalities {', '.join(theirs)}; this training is on "
                 f"{', '.join(self.settings.modalities)}. Repeat the pre-training on this dataset, extend a trained "
                 "model with nnunet_diffext add_modality, or leave it out: token noMAE."
+            )
+        if self.settings.freeze_old and trainer != self.base_name:
+            raise StageError(
+                f"{stage.folder} is a pre-training, of which freezeOld would train next to nothing. It is for a model "
+                f"of nnunet_diffext add_modality: export nnUNet_diffext_{self.stage_name}=MODEL_FOLDER, or leave out "
+                "the token freezeOld."
             )
 
     def load_stage_weights(self) -> None:
@@ -177,16 +187,13 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW, or nnU-Net's SGD."""
         if self.settings.freeze_old:
-            freeze_all_but(self.module, len(self.settings.modalities) - 1)
-        if self.settings.optimizer == "sgd":
-            return ConfiguredTrainer.configure_optimizers(self)
-        return super().configure_optimizers()
-
-    def trainable(self) -> Iterable[nn.Parameter]:
-        """All; weight decay would move what is frozen in part."""
+            freeze_all_but(self.network, len(self.settings.modalities) - 1)  # DDP wraps it later
+        of = ConfiguredTrainer if self.settings.optimizer == "sgd" else AdamTrainer
+        optimizer, scheduler = of.configure_optimizers(self)
         if self.settings.freeze_old:
-            self.weight_decay = 0.0
-        return super().trainable()
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.0  # it would move what is frozen in part
+        return optimizer, scheduler
 
     def loss_weights(self) -> Mapping[str, float]:
         """Of the losses on the gates."""
@@ -194,10 +201,10 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
 
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``sup``: 0.4 CE + 0.6 Dice on the sample's own classes; ``balance`` and ``modality`` of the gates."""
-        s, image = self.settings, batch["data"]
-        modality = self.modality_of(batch.get("keys"), len(image))
+        s, image, keys = self.settings, batch["data"], batch.get("keys")
+        modality = self.modality_of(keys, len(image))
         out: M4oEOutput = self.network(image, modality=modality)
-        losses = {"sup": self.annotated_loss(out.logits, batch["target"], batch.get("keys"), modality)}
+        losses = {"sup": self.annotated_loss(out.logits, batch["target"], self.learned_heads(keys, modality))}
         gates = [*out.encoder_gates, *out.decoder_gates]
         if s.lambda_balance > 0 and gates:
             losses["balance"] = balance_loss(gates)
@@ -207,38 +214,43 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
             self.usage.add(out.encoder_gates, out.decoder_gates, modality)
         return losses
 
-    def annotated_loss(self, logits: Tensor, target: Tensor, keys: Any, modality: Tensor) -> Tensor:
+    def annotated_loss(self, logits: Tensor, target: Tensor, possible: Tensor) -> Tensor:
         """0.4 CE + 0.6 Dice against an nnU-Net target. Voxels of labels that cannot be there according to
         ``dataset.json`` do not count.
+
+        Args:
+            possible: bool ``(B, K)``, heads that every sample is compared on.
         """
         s, space = self.settings, self.label_space
         clean, valid = space.encode(target)
-        heads = torch.tensor(list(s.modalities.values()), device=self.device)[modality]
-        annotated = self.annotated_in(keys, len(logits)) if s.mask_unannotated else None
-        possible = heads if annotated is None else annotated
         clean = clean * possible.view(*possible.shape, *(1,) * (clean.ndim - 2))
         if not space.regions:
             valid = valid & (clean.sum(1, keepdim=True) > 0)
         return dice_ce_loss(
             logits, clean, valid,
             regions=space.regions, batch_dice=self.configuration_manager.batch_dice,
-            dice_weight=s.lambda_dice, ce_weight=s.lambda_ce, annotated=annotated,
+            dice_weight=s.lambda_dice, ce_weight=s.lambda_ce, annotated=possible,
         )  # fmt: skip
+
+    def learned_heads(self, keys: list[str] | None, modality: Tensor) -> Tensor:
+        """Heads that the samples teach ``(B, K)``: those that are annotated, or all that their modality has."""
+        if self.settings.mask_unannotated:
+            return self.annotated_in(keys, len(modality))
+        return torch.tensor(list(self.settings.modalities.values()), device=self.device)[modality]
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, with the modality known, and without counting labels that nobody looked for."""
-        keys, count = batch["keys"], len(batch["data"])
-        modality, annotated = self.modality_of(keys, count), self.annotated_in(keys, count)
+        keys, regions = batch["keys"], self.label_space.regions
+        modality = self.modality_of(keys, len(batch["data"]))
+        annotated = self.annotated_in(keys, len(modality))
+        target, hidden = without_unannotated(batch["target"].to(self.device), annotated, regions=regions)
         network = self.network
 
         def known(image: Tensor) -> Tensor:
-            return merge_unannotated(network(image, modality=modality), annotated, regions=self.label_space.regions)
+            return merge_unannotated(network(image, modality=modality), annotated, regions=regions, hidden=hidden)
 
-        self.network = known
-        try:
-            return super().validation_step(batch)
-        finally:
-            self.network = network
+        with instead(self, network=known, loss=partial(self.annotated_loss, possible=annotated)):
+            return super().validation_step({**batch, "target": target})
 
     # ------------------------------------------------------------------ what the gates do
     def on_train_epoch_start(self) -> None:

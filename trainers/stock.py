@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_diffext.data.modalities import modalities_of
-from nnunet_diffext.losses.segmentation import merge_unannotated
+from nnunet_diffext.data.modalities import Modalities, modalities_of
+from nnunet_diffext.losses.segmentation import merge_unannotated, without_unannotated
 from nnunet_diffext.settings import TrainingSettings, setting
 from nnunet_diffext.trainers.configured import ConfiguredTrainer
+from nnunet_diffext.trainers.multimodal import instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class nnUNetTrainer(ConfiguredTrainer):  # noqa: N801 - nnU-Net's own name, exte
 
     Settings = StockSettings
     base_name = "nnUNetTrainer"
+    cases: Modalities
     _annotated: Tensor
 
     def _build_loss(self) -> Callable[[Any, Any], Tensor]:
@@ -45,10 +47,8 @@ class nnUNetTrainer(ConfiguredTrainer):  # noqa: N801 - nnU-Net's own name, exte
         self.cases = modalities_of(self.dataset_json)
 
         def masked(output: Any, target: Any) -> Tensor:
-            levels = output if isinstance(output, (list, tuple)) else [output]
-            regions = self.label_manager.has_regions
-            merged = [merge_unannotated(level, self._annotated, regions=regions) for level in levels]
-            return loss(merged if isinstance(output, (list, tuple)) else merged[0], target)
+            clean, hidden = self._cleaned(target)
+            return loss(self._merged(output, hidden), clean)
 
         return masked
 
@@ -58,11 +58,30 @@ class nnUNetTrainer(ConfiguredTrainer):  # noqa: N801 - nnU-Net's own name, exte
         return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's."""
+        """nnU-Net's, without counting labels that nobody looked for."""
+        if not self.settings.mask_unannotated:
+            return super().validation_step(batch)
         self._note_annotated(batch)
-        return super().validation_step(batch)
+        network, target = self.network, batch["target"]
+        levels = [t.to(self.device) for t in target] if isinstance(target, list) else target.to(self.device)
+        clean, hidden = self._cleaned(levels)
+        with instead(self, network=lambda image: self._merged(network(image), hidden)):
+            return super().validation_step({**batch, "target": clean})
 
     def _note_annotated(self, batch: dict) -> None:
         if self.settings.mask_unannotated:
             rows = [self.cases.annotated(case) for case in batch["keys"]]
             self._annotated = torch.tensor(rows, device=self.device)
+
+    def _cleaned(self, target: Any) -> tuple[Any, Any]:
+        """:func:`without_unannotated` of every level of deep supervision."""
+        if not isinstance(target, (list, tuple)):
+            return without_unannotated(target, self._annotated, regions=self.label_manager.has_regions)
+        clean, hidden = zip(*map(self._cleaned, target), strict=True)
+        return list(clean), list(hidden)
+
+    def _merged(self, output: Any, hidden: Any) -> Any:
+        """:func:`merge_unannotated` of every level of deep supervision."""
+        if isinstance(output, (list, tuple)):
+            return [self._merged(*level) for level in zip(output, hidden, strict=True)]
+        return merge_unannotated(output, self._annotated, regions=self.label_manager.has_regions, hidden=hidden)

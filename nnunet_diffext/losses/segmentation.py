@@ -10,7 +10,31 @@ _NONE = -1e4
 """Logit of a head that cannot be predicted: probability 0, and finite in half precision."""
 
 
-def merge_unannotated(logits: Tensor, annotated: Tensor, *, regions: bool = False) -> Tensor:
+def without_unannotated(target: Tensor, annotated: Tensor, *, regions: bool = False) -> tuple[Tensor, Tensor]:
+    """A target without labels that count as not annotated, although the file holds them: nobody vouches for them.
+
+    Args:
+        target: as nnU-Net gives it, ``(B, 1, *)``; regions: ``(B, C, *)``.
+        annotated: bool ``(B, K)``.
+        regions: heads are independent (sigmoid).
+    Returns:
+        target with background in place of them; where they were, bool ``(B, 1, *)``. Regions: with empty masks in
+        place of them, and nowhere.
+    """
+    heads = annotated.shape[1]
+    if regions:
+        known = annotated.view(*annotated.shape, *(1,) * (target.ndim - 2))
+        masks = target[:, :heads]
+        target = torch.cat([torch.where(known, masks, torch.zeros_like(masks)), target[:, heads:]], dim=1)
+        return target, torch.zeros_like(target[:, :1], dtype=torch.bool)
+    label = target.long().clamp(0, heads - 1)
+    hidden = ~annotated.gather(1, label.flatten(1)).view(target.shape) & (label == target)  # not the ignore label
+    return target.masked_fill(hidden, 0), hidden
+
+
+def merge_unannotated(
+    logits: Tensor, annotated: Tensor, *, regions: bool = False, hidden: Tensor | None = None
+) -> Tensor:
     """Logits of "background, or what nobody looked for here": the probabilities of heads that are not annotated in a
     sample go to its background (Shi et al., "Marginal loss and exclusion loss", MedIA 2021). Region heads are silenced.
 
@@ -18,17 +42,21 @@ def merge_unannotated(logits: Tensor, annotated: Tensor, *, regions: bool = Fals
         logits: ``(B, K, *)``.
         annotated: bool ``(B, K)``; softmax heads: the background, head 0, always is.
         regions: heads are independent (sigmoid).
+        hidden: bool ``(B, 1, *)``, see :func:`without_unannotated`: there, background is certain, so that nothing is
+            learned or counted.
     Returns:
         logits ``(B, K, *)``, float32.
     """
-    logits = logits.float()
     unknown = ~annotated.view(*annotated.shape, *(1,) * (logits.ndim - 2))
-    rest = logits.masked_fill(unknown, _NONE)
     if regions:
-        return rest
+        return logits.float().masked_fill(unknown, _NONE)
+    logits = log_softmax(logits.float(), dim=1)  # else logits below _NONE would lose against what is out of question
+    rest = logits.masked_fill(unknown, _NONE)
     unknown = unknown.clone()
     unknown[:, 0] = True
     background = logits.masked_fill(~unknown, _NONE).logsumexp(1, keepdim=True)
+    if hidden is not None:
+        background, rest = background.masked_fill(hidden, 0.0), rest.masked_fill(hidden, _NONE)
     return torch.cat([background, rest[:, 1:]], dim=1)
 
 
