@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nnunet_diffext.data.mixing import invert_half, paste, random_cuboid
 from nnunet_diffext.losses.contrastive import inter_expert_alignment
+from nnunet_diffext.losses.levels import over_levels
 from nnunet_diffext.losses.schedules import gaussian_ramp
 from nnunet_diffext.networks.dmed import EXPERTS, FUSIONS, DMEDNet, DMEDOutput
 from nnunet_diffext.settings import MethodSettings, SettingsError, setting
@@ -37,6 +39,7 @@ class DMEDSettings(MethodSettings):
             {
                 "copy_paste": 0.0, "strong_intensity": False, "ema_decay": 0.0, "momentum": 0.9, "epochs": 300,
                 "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0, "coupled": True, "lambda_iefa": 0.5,
+                "deep_supervision": False,
             },
         ),
     }  # fmt: skip
@@ -72,6 +75,9 @@ class DMEDSettings(MethodSettings):
         1.0, "weight of the losses on P_DE and P_CE, which eq. 4 leaves without gradient",
         number="expert#", switches={"eq4": 0.0}, minimum=0,
     )  # fmt: skip
+    deep_supervision: bool = setting(
+        True, "losses of the experts at coarser resolutions as well, as in nnU-Net", switches={"noDS": False}
+    )
     coupled: bool = setting(
         False, "the loss on the fused prediction trains the experts as well, or only the fusion; always with eq4",
         switches={"coupled": True},
@@ -160,6 +166,7 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             schedule=s.schedule,
             target_scale=s.target_scale,
             noise_seed=s.noise_seed,
+            deep_supervision=s.deep_supervision,
         )
 
     @property
@@ -208,10 +215,10 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
 
         # a mixed patch holds pieces of two images, often without foreground: their Dice means little one by one
         pool = mixes
-        losses = {"sup": self.segmentation_loss(out.fused, target, labeled, pool)}
+        losses = {"sup": self.prediction_loss(out, target, labeled, pool)}
         losses["sup_experts"] = self.expert_losses(out, target, labeled, pool)
         if pseudo is not None and s.lambda_cac > 0:
-            losses["cac"] = self.segmentation_loss(out.fused, target, pseudo, pool)
+            losses["cac"] = self.prediction_loss(out, target, pseudo, pool)
             losses["cac_experts"] = self.expert_losses(out, target, pseudo, pool)
         if out.embeddings is not None:
             weight = self.uncertainty_at(out) if s.iefa_uncertain else None
@@ -220,11 +227,20 @@ class DMEDSegTrainer(SemiSupervisedTrainer):
             losses["diffusion"] = self.segmentation_loss(out.denoised, clean[chosen], valid[chosen])
         return losses
 
+    def prediction_loss(self, out: DMEDOutput, target: Tensor, weight: Tensor, pool: bool) -> Tensor:
+        """``L_seg`` of the fused prediction; a single expert's is deeply supervised."""
+        both = out.de is not None and out.ce is not None
+        return self.deep_loss([out.fused] if both else out.de_levels or out.ce_levels, target, weight, pool)
+
     def expert_losses(self, out: DMEDOutput, target: Tensor, weight: Tensor, pool: bool) -> Tensor:
         """Sum of ``L_seg`` over both experts' own predictions; 0 for a single one, which is the fused one."""
         if out.de is None or out.ce is None:
             return out.fused.new_zeros(())
-        return sum(self.segmentation_loss(expert, target, weight, pool) for expert in (out.de, out.ce))
+        return sum(self.deep_loss(levels, target, weight, pool) for levels in (out.de_levels, out.ce_levels))
+
+    def deep_loss(self, levels: list[Tensor], target: Tensor, weight: Tensor, pool: bool) -> Tensor:
+        """``L_seg`` over the resolutions of one prediction."""
+        return over_levels(partial(self.segmentation_loss, pool=pool), levels, target, weight)
 
     def with_unlabeled(
         self, image: Tensor, clean: Tensor, valid: Tensor, unlabeled: Tensor, mixes: bool

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
+from nnunet_diffext.losses.levels import over_levels
 from nnunet_diffext.losses.segmentation import cross_entropy
 
 
@@ -30,9 +31,7 @@ def masked_error(prediction: Tensor, target: Tensor, valid: Tensor, *, squared: 
 def deep_diffusion_supervision(
     logits: Sequence[Tensor], clean: Tensor, weight: Tensor, *, regions: bool = False
 ) -> Tensor:
-    """Cross-entropy of the heads at several levels (PGRD eq. 6), weighted 1, 1/2, 1/4 ... and normalised as in nnU-Net.
-
-    Targets of coarser levels are the label frequencies of the voxels they cover.
+    """Cross-entropy of the heads at several levels (PGRD eq. 6), see :func:`over_levels`.
 
     Args:
         logits: ``(B, K, *level)`` each, finest first.
@@ -40,14 +39,4 @@ def deep_diffusion_supervision(
         weight: ``(B, 1, *)``, non-negative.
         regions: independent heads.
     """
-    pool = adaptive_avg_pool3d if clean.ndim == 5 else adaptive_avg_pool2d
-    total = clean.new_zeros(())
-    with torch.autocast(clean.device.type, enabled=False):
-        weight = weight.float()
-        for level, out in enumerate(logits):
-            size = out.shape[2:]
-            share = pool(weight, size)
-            # invalid voxels are all zero in clean: dividing by their share keeps frequencies of the annotated ones
-            frequencies = pool(clean * (weight > 0), size) / pool((weight > 0).float(), size).clamp_min(1e-5)
-            total = total + 0.5**level * cross_entropy(out, frequencies, share, regions=regions)
-    return total / sum(0.5**level for level in range(len(logits)))
+    return over_levels(partial(cross_entropy, regions=regions), logits, clean, weight.float())

@@ -22,6 +22,8 @@ class DMEDOutput(NamedTuple):
 
     ``weights``: expert weights ``(B, 2, *)`` (DE, CE) per scale, finest first. ``embeddings``: the two experts'
     projected deepest features ``(B, E, *)``. ``denoised``: logits of the diffusion pass on the labelled images.
+    ``de_levels``, ``ce_levels``: the experts' logits ``(B, K, *level)`` for their own losses, finest first; with deep
+    supervision more than one.
     """
 
     fused: Tensor
@@ -30,6 +32,8 @@ class DMEDOutput(NamedTuple):
     weights: list[Tensor]
     embeddings: tuple[Tensor, Tensor] | None
     denoised: Tensor | None
+    de_levels: list[Tensor]
+    ce_levels: list[Tensor]
 
 
 class DMEDNet(nn.Module):
@@ -53,6 +57,7 @@ class DMEDNet(nn.Module):
         schedule: noise schedule of DE.
         target_scale: b, clean masks are ``b * (2 y - 1)``; a small b keeps the mask unreadable for more t (Chen 2023).
         noise_seed: seed of the noise at prediction.
+        deep_supervision: the experts have heads at coarser levels, in training.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class DMEDNet(nn.Module):
         schedule: str = "cosine",
         target_scale: float = 0.1,
         noise_seed: int = 0,
+        deep_supervision: bool = True,
     ) -> None:
         super().__init__()
         k = label_space.num_heads
@@ -82,8 +88,9 @@ class DMEDNet(nn.Module):
         self._noise: tuple[tuple, Tensor] | None = None  # of the last patch size: drawing it takes longer than a pass
         both = experts == "both"
         de_plan = architecture if full_resolution_de else architecture.coarser()
-        self.de = ConditionalUNet(de_plan, image_channels, k, k) if experts != "ce" else None
-        self.ce = VNet(architecture, image_channels, k) if experts != "de" else None
+        deep = {"deep_supervision": deep_supervision}
+        self.de = ConditionalUNet(de_plan, image_channels, k, k, **deep) if experts != "ce" else None
+        self.ce = VNet(architecture, image_channels, k, **deep) if experts != "de" else None
         self.fusion = self.lift_de = self.project = None
         if both and fusion == "transformer":
             self.fusion = DynamicFusion(
@@ -134,9 +141,10 @@ class DMEDNet(nn.Module):
         """Both experts and their fusion; ``noisy_mask`` ``(B, K, *patch)`` at ``t``, by default noise at ``t = T``."""
         de = self.de_pass(image, noisy_mask, t) if self.de is not None else None
         ce = self.ce(image) if self.ce is not None else None
+        levels = [[] if out is None else [out.logits, *out.coarse] for out in (de, ce)]
         if de is None or ce is None:
             single = (de or ce).logits
-            return DMEDOutput(single, de and de.logits, ce and ce.logits, [], None, None)
+            return DMEDOutput(single, de and de.logits, ce and ce.logits, [], None, None, *levels)
         weights: list[Tensor] = []
         if self.fusion is None:
             p = (self.label_space.probabilities(de.logits) + self.label_space.probabilities(ce.logits)) / 2
@@ -146,12 +154,12 @@ class DMEDNet(nn.Module):
         embeddings = None
         if self.project is not None and self.training:
             embeddings = (self.project[0](de.features[-1]), self.project[1](ce.features[-1]))
-        return DMEDOutput(fused, de.logits, ce.logits, weights, embeddings, None)
+        return DMEDOutput(fused, de.logits, ce.logits, weights, embeddings, None, *levels)
 
     def fusion_inputs(self, de: UNetOutput, ce: UNetOutput) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Arguments of :class:`DynamicFusion`: both experts' features at the same levels, and their logits."""
         if not self.coupled:
-            de, ce = (UNetOutput(out.logits.detach(), [f.detach() for f in out.features], []) for out in (de, ce))
+            de, ce = (UNetOutput(out.logits.detach(), [f.detach() for f in out.features], [], []) for out in (de, ce))
         features = de.features
         if self.lift_de is not None:
             finest = interpolate(features[0], size=de.logits.shape[2:], mode=self.mode)

@@ -13,12 +13,13 @@ from nnunet_diffext.networks.blocks.time import FiLM, TimeEmbedding
 
 class UNetOutput(NamedTuple):
     """Logits ``(B, K, *)`` and features, finest first: those of every level, down to the deepest encoder output, and
-    the encoder's.
+    the encoder's. ``coarse``: logits of further levels, next to the finest first; in training only.
     """
 
     logits: Tensor
     features: list[Tensor]
     encoder: list[Tensor]
+    coarse: list[Tensor]
 
 
 class UNetBackbone(nn.Module):
@@ -28,17 +29,21 @@ class UNetBackbone(nn.Module):
         architecture: what nnU-Net planned.
         input_channels: channels of the input.
         num_classes: K, output channels.
+        deep_supervision: also heads at the levels that nnU-Net supervises: all of the decoder but the coarsest.
     """
 
-    def __init__(self, architecture: Architecture, input_channels: int, num_classes: int) -> None:
+    def __init__(
+        self, architecture: Architecture, input_channels: int, num_classes: int, deep_supervision: bool = False
+    ) -> None:
         super().__init__()
         net = architecture.build(input_channels, num_classes)
         self.stem = getattr(net.encoder, "stem", None) or nn.Identity()
         self.encoder = nn.ModuleList(net.encoder.stages)
         self.upsampling = net.decoder.transpconvs
         self.decoder = net.decoder.stages
-        # only the finest head: coarser ones are for deep supervision, and DDP refuses parameters without gradient
-        self.seg_layers = nn.ModuleList([net.decoder.seg_layers[-1]])
+        # no head that is not used: DDP refuses parameters without gradient
+        heads = list(net.decoder.seg_layers)[::-1]
+        self.seg_layers = nn.ModuleList(heads[: max(1, len(heads) - 1)] if deep_supervision else heads[:1])
 
     def encoder_stage(self, level: int, x: Tensor, condition: Tensor | None) -> Tensor:
         """Apply encoder stage ``level`` (0 = finest)."""
@@ -59,7 +64,9 @@ class UNetBackbone(nn.Module):
         for index, up in enumerate(self.upsampling):
             x = self.decoder_stage(index, torch.cat([up(x), skips[-(index + 2)]], dim=1), condition)
             features.append(x)
-        return UNetOutput(self.seg_layers[0](x), features[::-1], skips)
+        features = features[::-1]
+        coarse = [head(f) for head, f in zip(self.seg_layers[1:], features[1:], strict=False)] if self.training else []
+        return UNetOutput(self.seg_layers[0](x), features, skips, coarse)
 
 
 class VNet(UNetBackbone):
@@ -88,6 +95,7 @@ class ConditionalUNet(UNetBackbone):
         mask_channels: channels of the noisy mask ``y_t``.
         num_classes: K, channels of the predicted clean mask (logits).
         time_channels: width of the time embedding.
+        deep_supervision: see :class:`UNetBackbone`.
     """
 
     def __init__(
@@ -97,8 +105,9 @@ class ConditionalUNet(UNetBackbone):
         mask_channels: int,
         num_classes: int,
         time_channels: int = 128,
+        deep_supervision: bool = False,
     ) -> None:
-        super().__init__(architecture, image_channels + mask_channels, num_classes)
+        super().__init__(architecture, image_channels + mask_channels, num_classes, deep_supervision)
         features = architecture.features
         self.time_embedding = TimeEmbedding(time_channels)
         self.encoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features)

@@ -153,7 +153,7 @@ def test_dice_is_pooled_over_mixed_patches(tokens: str, unlabeled: bool, planned
     trainer = ready_trainer(tokens, batch_dice=planned)
     terms: list[tuple[Tensor, ...]] = []
     whole = trainer.segmentation_loss
-    trainer.segmentation_loss = lambda *args: terms.append(args[:3]) or whole(*args)
+    trainer.segmentation_loss = lambda *args, **pool: terms.append(args) or whole(*args, **pool)
     batch = make_batch(trainer, unlabeled=unlabeled)
     batch["target"][0] = 0
     batch["target"][0, 0, 0, 0] = 1
