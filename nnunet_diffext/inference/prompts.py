@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.data.prompts import PromptError, with_changes
-from nnunet_diffext.pretrained.text import TextTokens, encode_texts
+from nnunet_diffext.pretrained.text import VARIABLE, TextTokens, load_text_encoder
 from nnunet_diffext.settings import PLANS_KEY
 
 TRAINER = "TextDiffSegTrainer"
+TOLERANCE = 1e-2
+"""Between tokens of one text from one encoder, whose entries are around 0.5, on two machines."""
 
 
 def change_prompts(nnunet: Any, changes: Mapping[str, str]) -> dict[str, str]:
@@ -24,7 +26,8 @@ def change_prompts(nnunet: Any, changes: Mapping[str, str]) -> dict[str, str]:
     Returns:
         all prompts.
     Raises:
-        PromptError: no TextDiffSeg model, one that was trained without tokens, an unknown label or an empty text.
+        PromptError: no TextDiffSeg model, one that was trained without tokens, an unknown label or an empty text; or
+            the text encoder is not the one of the training, whose tokens mean something else.
         PretrainedError: the text encoder cannot be loaded, or takes no text of this length.
     """
     settings = nnunet.plans_manager.plans.get(PLANS_KEY, {}).get(TRAINER)
@@ -37,7 +40,16 @@ def change_prompts(nnunet: Any, changes: Mapping[str, str]) -> dict[str, str]:
         )
     prompts = with_changes(settings["prompts"], changes)
     rows = [list(prompts).index(label) for label in changes]
-    encoded = encode_texts({label: prompts[label] for label in changes}, settings["text_encoder"])
+    encoder = load_text_encoder(settings["text_encoder"])
+    encoded = encoder.encode({label: prompts[label] for label in changes})
+    trained = encoder.encode({label: settings["prompts"][label] for label in changes})
+    for weights in nnunet.list_of_parameters:
+        if not _are_there(weights["tokens"], weights["token_mask"], rows, trained):
+            raise PromptError(
+                f"--prompt: the text encoder {encoder.source} does not give the tokens that this model was trained "
+                f"with. Set {VARIABLE} to the encoder of the training. (If that is the one: dataset.json was changed "
+                "between the folds; predict with the last one that was trained, -f.)"
+            )
     for weights in nnunet.list_of_parameters:
         weights["tokens"], weights["token_mask"] = replaced(weights["tokens"], weights["token_mask"], rows, encoded)
     tokens, mask = replaced(network.tokens, network.token_mask, rows, encoded)
@@ -47,11 +59,6 @@ def change_prompts(nnunet: Any, changes: Mapping[str, str]) -> dict[str, str]:
 
 def replaced(tokens: Tensor, mask: Tensor, rows: list[int], new: TextTokens) -> tuple[Tensor, Tensor]:
     """Some rows of ``tokens`` ``(N, L, D)`` and ``mask`` ``(N, L)`` replaced, all padded to the longest text."""
-    if new.states.shape[2] != tokens.shape[2]:
-        raise PromptError(
-            f"--prompt: the text encoder gives tokens of width {new.states.shape[2]}, the model was trained with "
-            f"{tokens.shape[2]}. Use the encoder of the training (nnUNet_diffext_text_encoder)."
-        )
     length = max(tokens.shape[1], new.states.shape[1])
     out = tokens.new_zeros(tokens.shape[0], length, tokens.shape[2])
     known = torch.zeros(mask.shape[0], length, dtype=torch.bool, device=mask.device)
@@ -61,3 +68,12 @@ def replaced(tokens: Tensor, mask: Tensor, rows: list[int], new: TextTokens) -> 
         out[row, : new.states.shape[1]] = new.states[i].to(out)
         known[row, : new.mask.shape[1]] = new.mask[i].to(known)
     return out, known
+
+
+def _are_there(tokens: Tensor, mask: Tensor, rows: list[int], texts: TextTokens) -> bool:
+    """Whether some rows of ``tokens`` ``(N, L, D)`` and ``mask`` ``(N, L)`` are these texts."""
+    for i, row in enumerate(rows):
+        here, there = tokens[row][mask[row]].cpu(), texts.states[i][texts.mask[i]]
+        if here.shape != there.shape or not torch.allclose(here, there, rtol=0, atol=TOLERANCE):
+            return False
+    return True

@@ -29,22 +29,32 @@ class Reader(nn.Module):
 def predictor(text: str = "tokens", network: nn.Module | None = None) -> Any:
     network = network or Reader()
     settings = {"text": text, "prompts": dict(OLD), "text_encoder": None}
-    weights = [{k: v + fold if k == "tokens" else v for k, v in network.state_dict().items()} for fold in (0, 1)]
+    weights = [{k: v.clone() for k, v in network.state_dict().items()} for _ in (0, 1)]
+    if "tokens" in weights[1]:
+        weights[1]["tokens"][0] += 1  # folds need not agree in labels whose prompts stay
     manager = SimpleNamespace(plans={"diffext": {"TextDiffSegTrainer": settings}})
     return SimpleNamespace(plans_manager=manager, network=network, list_of_parameters=weights)
 
 
-def encode(length: int, width: int = 2) -> Any:
-    def encoder(texts: dict[str, str], source: str | None) -> TextTokens:
-        states = torch.full((len(texts), length, width), -1.0)
-        return TextTokens(states, torch.ones(len(texts), length, dtype=torch.bool))
+class Encoder:
+    """Knows the tokens that lesion was trained with; gives ``length`` tokens of -1 for any other text."""
 
-    return encoder
+    source = "some encoder"
+
+    def __init__(self, length: int, shift: float = 0.0, width: int = 2) -> None:
+        self.length, self.shift, self.width = length, shift, width
+
+    def encode(self, texts: dict[str, str]) -> TextTokens:
+        if texts == {"lesion": OLD["lesion"]} and self.width == 2:
+            states = Reader().tokens[1:, :2] + self.shift
+        else:
+            states = torch.full((len(texts), self.length, self.width), -1.0)
+        return TextTokens(states, torch.ones(states.shape[:2], dtype=torch.bool))
 
 
 @pytest.mark.parametrize("length", [2, 5])
 def test_the_tokens_of_one_label_change_in_every_fold(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    monkeypatch.setattr(prompts, "encode_texts", encode(length))
+    monkeypatch.setattr(prompts, "load_text_encoder", lambda source: Encoder(length))
     p = predictor()
     before = [w["tokens"].clone() for w in p.list_of_parameters]
     assert change_prompts(p, {"lesion": "a dark spot"}) == {"liver": "old liver", "lesion": "a dark spot"}
@@ -61,11 +71,20 @@ def refused(p: Any, changes: dict[str, str], message: str) -> None:
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "encode_texts", encode(2, width=7))
+    monkeypatch.setattr(prompts, "load_text_encoder", lambda source: Encoder(2))
     refused(predictor(), {"kidney": "a kidney"}, "no label 'kidney'")
-    refused(predictor("random"), {"liver": "x"}, "trained with text 'random'")
-    refused(predictor(network=nn.Linear(1, 1).requires_grad_(False)), {"liver": "x"}, "takes no text")
-    refused(predictor(), {"liver": "x"}, "width 7, the model was trained with 2")
+    refused(predictor("random"), {"lesion": "x"}, "trained with text 'random'")
+    refused(predictor(network=nn.Linear(1, 1).requires_grad_(False)), {"lesion": "x"}, "takes no text")
+
+
+@pytest.mark.parametrize("other", [Encoder(2, shift=0.5), Encoder(2, width=7)])
+def test_another_encoder_than_that_of_the_training(monkeypatch: pytest.MonkeyPatch, other: Encoder) -> None:
+    """Also one whose tokens have the same width: the model would see a text that means nothing to it."""
+    monkeypatch.setattr(prompts, "load_text_encoder", lambda source: other)
+    p = predictor()
+    before = p.list_of_parameters[0]["tokens"].clone()
+    refused(p, {"lesion": "x"}, "some encoder does not give the tokens .* Set nnUNet_diffext_text_encoder to")
+    assert torch.equal(p.list_of_parameters[0]["tokens"], before)
 
 
 def test_padding_never_counts() -> None:
