@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, too_lossy
@@ -55,12 +56,12 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
         """
         codec = self.module.codec
         batches = math.ceil(PREFLIGHT_PATCHES / self.batch_size)
-        masks = [self.label_space.encode(next(self.dataloader_train)["target"]) for _ in range(batches)]
-        if not codec.scale.updates:  # a pretrained autoencoder knows nothing of these masks
-            self.measure_latents(masks)
+        targets = [next(self.dataloader_train)["target"] for _ in range(batches)]
+        if self.stage is None:  # a pretrained autoencoder knows nothing of these masks
+            self.measure_latents(targets)
         score = ReconstructionDice(codec, self.label_space)
-        for onehot, valid in masks:
-            score.add(onehot.to(self.device), valid.to(self.device))
+        for target in targets:
+            score.add(*self.label_space.encode(target.to(self.device)))
         if self.is_ddp:
             counts = score.counts.to(self.device)
             dist.all_reduce(counts)
@@ -74,21 +75,38 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
             raise StageError(self._too_lossy_message(lossy))
 
     @torch.no_grad()
-    def measure_latents(self, masks: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Mean and variance of a pretrained codec's latents."""
-        for onehot, _ in masks:
-            self.module.codec.scale.update(self.module.codec.raw_latents(onehot.to(self.device)))
+    def measure_latents(self, targets: list[Tensor]) -> None:
+        """Mean and variance of a pretrained codec's latents, on nnU-Net's targets."""
+        codec = self.module.codec
+        codec.scale.updates.zero_()  # -pretrained_weights may have brought those of other masks
+        for target in targets:
+            onehot, _ = self.label_space.encode(target.to(self.device))
+            codec.scale.update(codec.raw_latents(onehot))
         if self.is_ddp:
-            for buffer in (self.module.codec.scale.mean, self.module.codec.scale.variance):
+            for buffer in (codec.scale.mean, codec.scale.variance):
                 dist.broadcast(buffer, 0)
+
+    def estimate_loss(self, logits: Tensor, clean: Tensor, valid: Tensor, trust: Tensor, **options: float) -> Tensor:
+        """``L_seg`` of decoded estimates, that of every sample times its trust ``(B, 1, 1, ...)``.
+
+        As a weight of voxels, trust would cancel: the losses are means, and Dice is a ratio.
+        """
+        if self.settings.kind != "eps":  # it is 1
+            return self.segmentation_loss(logits, clean, valid, **options)
+        samples = zip(logits.split(1), clean.split(1), valid.split(1), trust.flatten(), strict=True)
+        return torch.stack([t * self.segmentation_loss(x, y, v, **options) for x, y, v, t in samples]).mean()
 
     def _too_lossy_message(self, lossy: dict[str, float]) -> str:
         codec = self.module.codec
         worst = ", ".join(f"{name} (Dice {d:.3f})" for name, d in lossy.items())
+        if self.stage is None:
+            how = "A pretrained autoencoder cannot be trained further: leave the token 'kl8' out. Train a codec"
+        else:
+            how = "Train the codec longer,"
         return (
             f"The latent space loses too much of {worst}: no method on top of it can do better. It has stride "
-            f"{'x'.join(map(str, codec.stride))} and {codec.channels} channels. Train the codec longer, with a smaller "
-            f"stride or with more channels, for example -tr MaskAutoencoderTrainer_stride{max(codec.stride) // 2 or 1}_"
-            f"channels{2 * codec.channels}, and point nnUNet_diffext_codec to it. To go on all the same, lower "
+            f"{'x'.join(map(str, codec.stride))} and {codec.channels} channels. {how} with a smaller stride or with "
+            f"more channels, for example -tr MaskAutoencoderTrainer_stride{max(codec.stride) // 2 or 1}_channels"
+            f"{2 * codec.channels}, and point nnUNet_diffext_codec to it. To go on all the same, lower "
             f"least_reconstruction ({self.settings.least_reconstruction}): token preflight0p8."
         )

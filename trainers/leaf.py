@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_diffext.data.dataset import channel_names
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.alignment import axial_slices, feature_alignment
 from nnunet_diffext.losses.diffusion import masked_error
@@ -20,6 +21,8 @@ from nnunet_diffext.networks.blocks.projector import PROJECTORS, Projector
 from nnunet_diffext.networks.kl_codec import KLCodec
 from nnunet_diffext.networks.leaf import LEAFNet, LEAFOutput
 from nnunet_diffext.networks.sampling import Sampling
+from nnunet_diffext.pretrained import PretrainedError
+from nnunet_diffext.pretrained.autoencoder import CHANNELS as COLOURS
 from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
 from nnunet_diffext.pretrained.vision import PatchTeacher, load_teacher, teacher_images
 from nnunet_diffext.settings import PLANS_KEY, setting
@@ -83,7 +86,7 @@ class LEAFSettings(DiffusionSettings):
     )
 
     lambda_align: float = setting(
-        0.5, "weight of feature alignment per token (eq. 5, 6; Table 3, with its lambda divided by the batch size 4)",
+        0.5, "weight of feature alignment per token (eq. 5, 6; Table 3's lambda is also divided by the batch size 4)",
         number="align#", switches={"noAlign": 0.0}, minimum=0,
     )  # fmt: skip
     align_level: int = setting(
@@ -113,6 +116,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
     )
     vision: PatchTeacher | None = None
     projector: nn.Module | None = None
+    _token_width: int | None = None
 
     @staticmethod
     def build_network_architecture(
@@ -126,7 +130,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         s, label_space, architecture = LEAFTrainer.read_plans(plans_manager, configuration_manager)
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
         if s.codec == "kl8":
-            codec = kl_codec(s.codec_config, architecture, label_space)
+            codec = kl_codec(s.codec_config, architecture, label_space, num_input_channels)
         else:
             codec = build_network_of(s.codec_trainer, *arguments)
         return LEAFNet(
@@ -152,11 +156,12 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         return self.projector is not None and self.progress < self.settings.align_until
 
     def initialize(self) -> None:
-        """Load the teacher before any work is done."""
+        """Load the teacher before any work is done. What is continued may need none, see :meth:`on_train_start`."""
         s = self.settings
         fresh = not self.was_initialized
-        if fresh and s.lambda_align > 0:
+        if fresh and s.lambda_align > 0 and not self._continues:
             self.vision = load_teacher(s.teacher).to(self.device)
+            self._token_width = self.vision.channels
         pretrained = self._find_autoencoder() if fresh and s.codec == "kl8" else None
         super().initialize()
         if pretrained is not None:
@@ -164,6 +169,27 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         if fresh and s.from_codec:
             count = self.module.start_from_codec()
             self.print_to_log_file(f"The image encoder starts with {count} tensors of the codec's encoder.")
+
+    def _check_same_network(self, checkpoint: Mapping[str, Any], filename: str) -> None:
+        """Before the network is built: the projector has the width that the checkpoint's has."""
+        if "diffext_projector" in checkpoint:
+            self._token_width = len([*checkpoint["diffext_projector"].values()][-1])  # the last bias
+        super()._check_same_network(checkpoint, filename)
+
+    def on_train_start(self) -> None:
+        """A continued training loads its teacher if it still aligns.
+
+        Raises:
+            PretrainedError: there is none, or another one than the training began with.
+        """
+        if self.aligns and self.vision is None:
+            self.vision = load_teacher(self.settings.teacher).to(self.device)
+            if self.vision.channels != self._token_width:
+                raise PretrainedError(
+                    f"The teacher has tokens of width {self.vision.channels}, but this training began with a teacher "
+                    f"of width {self._token_width}. Let nnUNet_diffext_teacher name the one that it began with."
+                )
+        super().on_train_start()
 
     @property
     def builds_on_stage(self) -> bool:
@@ -183,9 +209,10 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
 
     def trainable(self) -> Iterable[nn.Parameter]:
         """The network's, and those of the projector."""
-        if self.vision is None:
+        if self._token_width is None:
             return super().trainable()
-        projector = Projector(self.module.align_channels, self.vision.channels, self.settings.projector)
+        # not self.module: nnU-Net wraps the network after the optimiser was made
+        projector = Projector(self.network.align_channels, self._token_width, self.settings.projector)
         self.projector = projector.to(self.device)
         if self.is_ddp:
             self.projector = DistributedDataParallel(self.projector)
@@ -218,29 +245,38 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         out: LEAFOutput = self.network(batch["data"], clean=clean)
         losses = {"latent": masked_error(out.prediction, out.target, valid, squared=self.settings.squared)}
         if self.settings.lambda_seg > 0:
-            losses["sup"] = self.segmentation_loss(self.module.codec.decode(out.estimate), clean, valid * out.trust)
+            losses["sup"] = self.estimate_loss(self.module.codec.decode(out.estimate), clean, valid, out.trust)
         if self.aligns:
             losses["align"] = self.alignment(batch["data"], out.features)
         return losses
 
     def alignment(self, image: Tensor, features: Tensor) -> Tensor:
         """Eq. 5 on axial slices, with the teacher's tokens on the grid of the features."""
+        image = image[:, : len(channel_names(self.dataset_json))]  # in a cascade, masks of the stage before follow
         image, features = axial_slices(image, features, self.settings.align_slices)
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             tokens = self.vision(teacher_images(image.float(), features.shape[2:], self.vision.patch))
         return feature_alignment(self.projector(features), tokens)
 
 
-def kl_codec(config: Mapping[str, Any] | None, architecture: Architecture, label_space: LabelSpace) -> KLCodec:
+def kl_codec(
+    config: Mapping[str, Any] | None, architecture: Architecture, label_space: LabelSpace, image_channels: int
+) -> KLCodec:
     """The codec around an autoencoder of this configuration; its weights come from a checkpoint.
 
     Raises:
-        ValueError: the plan is not 2D, or has no stage at the autoencoder's resolution.
+        ValueError: the plan is not 2D, or has no stage at the autoencoder's resolution; or its image encoder, for
+            colours, would not see all channels.
     """
     if config is None:
         raise ValueError("The plans hold no 'codec_config': no LEAFTrainer_kl8 training wrote them.")
     if architecture.dim != 2:
         raise ValueError("Token 'kl8': the autoencoder is for 2D images. Use the 2d configuration, or leave 'kl8' out.")
+    if image_channels > COLOURS:
+        raise ValueError(
+            f"Token 'kl8': the pretrained image encoder sees {COLOURS} channels, this dataset has {image_channels}. "
+            "Leave 'kl8' out and train a MaskAutoencoderTrainer instead."
+        )
     stride = 2 ** (len(config["block_out_channels"]) - 1)
     level = architecture.level_within(stride)
     if architecture.stride_of(level) != (stride, stride):

@@ -179,7 +179,16 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
         if fresh:
             self._find_text()
         super().initialize()
-        if fresh and self._tokens is not None:
+        if fresh:
+            self._write_text()
+
+    def on_train_start(self) -> None:
+        """With the text of this dataset: -pretrained_weights may have brought another one's."""
+        self._write_text()
+        super().on_train_start()
+
+    def _write_text(self) -> None:
+        if self._tokens is not None:
             self.module.tokens.copy_(self._tokens.states)
             self.module.token_mask.copy_(self._tokens.mask)
 
@@ -215,7 +224,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
         out: TextDiffSegOutput = self.network(batch["data"], clean=clean)
         gamma = {"dice_weight": self.settings.gamma}
         losses = {
-            "sup": self.segmentation_loss(out.logits, clean, valid * out.trust, **gamma),
+            "sup": self.estimate_loss(out.logits, clean, valid, out.trust, **gamma),
             "diffusion": masked_error(out.prediction, out.target, valid),
         }
         if out.reconstruction is not None and self.settings.lambda_anchor > 0:

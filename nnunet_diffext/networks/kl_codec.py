@@ -93,8 +93,8 @@ class KLCodec(nn.Module):
 class RGBEncoder(nn.Module):
     """Images of nnU-Net to the latents of a pretrained autoencoder, trainable: ``(B, C, H, W)`` -> ``(B, k, h, w)``.
 
-    One channel is shown as grey, two as the first and twice the second, more as their first three. Z-scores of
-    -3 and 3 become black and white.
+    One channel is shown as grey, two as the first and twice the second; of more than three it would see the first three
+    only. Z-scores of -3 and 3 become black and white.
     """
 
     def __init__(self, autoencoder: nn.Module) -> None:

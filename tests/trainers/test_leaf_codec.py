@@ -126,6 +126,14 @@ def test_preflight_of_a_good_codec_and_of_a_continued_training(monkeypatch: pyte
     start(trainer, monkeypatch)
 
 
+def test_what_would_fix_a_pretrained_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be trained longer."""
+    use_autoencoder(monkeypatch, tmp_path / "kl")
+    trainer = leaf("kl8_noAlign", codec=False)
+    with pytest.raises(StageError, match=r"leave the token 'kl8' out. .*MaskAutoencoderTrainer_stride1_channels4\b"):
+        start(trainer, monkeypatch)
+
+
 # ------------------------------------------------------------------ a pretrained autoencoder as codec
 KL = "kl8_noAlign_preflight0_ema0p9"
 
@@ -141,6 +149,7 @@ def test_kl8_trains_and_predicts_without_the_folder(kl: Path, monkeypatch: pytes
     trainer = leaf(KL, codec=False)
     assert trainer.stage is None and not trainer.network.codec.scale.updates
     before = parameters_of(trainer.network)
+    trainer.network.codec.scale.update(1e3 * torch.randn(2, 2, 8, 12))  # -pretrained_weights, on other masks
     start(trainer, monkeypatch)
     scale = trainer.network.codec.scale
     assert int(scale.updates) == 10 and torch.equal(trainer.teacher.codec.scale.mean, scale.mean)
@@ -182,6 +191,7 @@ DEEPER = Kind((16, 24), ((1, 1), (4, 4), (2, 2)), features=(4, 8, 8))
     ("kind", "options", "message"),
     [
         (SMALL, {}, "'kl8': the autoencoder is for 2D images. Use the 2d configuration"),
+        (FLAT, {"channels": 4}, "the pretrained image encoder sees 3 channels, this dataset has 4"),
         (FLAT, {"labels": NINE}, "Colours tell 8 classes apart, this dataset has 9"),
         (DEEPER, {}, r"has stride 2, but no stage .* of this plan has: their strides are \[\(1, 1\), \(4, 4\)"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import Kind, make_trainer, parameters_of
 from tiny_latent import FLAT, SMALL, batch_of, changed, leaf, offline, save_codec, use_teacher
 from tiny_prior import finish
@@ -30,6 +31,12 @@ def alone(nnunet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.M
 def vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny vision transformer is the teacher."""
     use_teacher(monkeypatch, tmp_path / "vit")
+
+
+@pytest.fixture
+def no_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's ``on_train_start``, which reads a dataset, does nothing."""
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
 
 
 # ------------------------------------------------------------------ one step of every variant
@@ -136,6 +143,15 @@ def test_repeating_the_batch_does_not_change_the_alignment(vit: None) -> None:
     torch.testing.assert_close(once, twice)
 
 
+def test_teacher_does_not_see_the_masks_of_a_cascade(vit: None) -> None:
+    """They come as further channels behind the image's."""
+    trainer = leaf("")
+    image, features = batch_of(trainer)["data"], torch.randn(2, trainer.network.align_channels, 4, 6)
+    masks = torch.rand(2, 2, *FLAT.patch)
+    alone, cascade = (trainer.alignment(x, features) for x in (image, torch.cat([image, masks], 1)))
+    assert torch.equal(alone, cascade)
+
+
 def test_weight_of_the_alignment(vit: None) -> None:
     report = leaf("align2_seg0p5").train_step(batch_of(leaf("noAlign")))
     wanted = report["latent"] + 2 * report["align"] + 0.5 * report["sup"]
@@ -164,16 +180,65 @@ def test_without_a_teacher() -> None:
     assert leaf("noAlign").vision is None
 
 
-def test_projector_is_resumed(vit: None) -> None:
+def test_projector_is_resumed(vit: None, no_loaders: None) -> None:
     trainer = leaf("ema0p9")
     trainer.train_step(batch_of(trainer))
     file = str(finish(trainer) / "fold_0" / FINAL)
     resumed = make_trainer("ema0p9", FLAT, base="LEAFTrainer")
     torch.manual_seed(5)
     resumed.load_checkpoint(file)
+    resumed.on_train_start()
     assert changed(parameters_of(trainer.projector), resumed.projector) == set()
     reports = []
     for t in (trainer, resumed):
         torch.manual_seed(1)
         reports.append(t.train_step(batch_of(t, 1)))
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(("until", "needed"), [("0p5", False), ("0p9", True)])
+def test_continuing_needs_the_teacher_while_it_aligns(
+    until: str, needed: bool, vit: None, no_loaders: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of ten epochs are done. Loading alone, as for validating, never needs it."""
+    tokens = f"alignUntil{until}_10epochs_1iters_ema0p9"
+    trainer = leaf(tokens)
+    trainer.train_step(batch_of(trainer))
+    trainer.current_epoch = 5
+    file = str(finish(trainer) / "fold_0" / FINAL)
+    monkeypatch.delenv("nnUNet_diffext_teacher")
+    resumed = make_trainer(tokens, FLAT, base="LEAFTrainer")
+    resumed.load_checkpoint(file)
+    assert resumed.current_epoch == 6 and resumed.vision is None
+    assert changed(parameters_of(trainer.projector), resumed.projector) == set()
+    if needed:
+        with pytest.raises(PretrainedError, match="token noAlign"):
+            resumed.on_train_start()
+        return
+    resumed.on_train_start()
+    trainer.current_epoch = 6
+    reports = []
+    for t in (trainer, resumed):
+        torch.manual_seed(1)
+        reports.append(t.train_step(batch_of(t, 1)))
+    assert reports[0] == reports[1] and "align" not in reports[0]
+
+
+def test_continuing_with_another_teacher(vit: None, no_loaders: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = leaf("")
+    width = trainer.vision.channels
+    file = str(finish(trainer) / "fold_0" / FINAL)
+    resumed = make_trainer("", FLAT, base="LEAFTrainer")
+    resumed.load_checkpoint(file)
+    resumed.current_epoch = 1
+    monkeypatch.setattr("nnunet_diffext.trainers.leaf.load_teacher", lambda name: Wider(width))
+    with pytest.raises(PretrainedError, match=f"width {2 * width}, but this training began with .* of width {width}"):
+        resumed.on_train_start()
+
+
+class Wider(torch.nn.Module):
+    """A teacher with other tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.channels = 2 * width

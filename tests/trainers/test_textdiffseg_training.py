@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import Kind, make_dataset_json, make_trainer
 from tiny_latent import FLAT, SMALL, batch_of, offline, save_codec, use_bert
 from tiny_prior import finish
@@ -109,6 +110,22 @@ def test_weights_of_the_losses() -> None:
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4) and losses[1] > losses[0]
 
 
+def test_estimates_that_say_nothing_teach_nothing() -> None:
+    """METHODS 3.1.3: eq. 4 of predicted noise is weighted by ``min(1, abar_t / 0.01)``, sample by sample."""
+    report = text("randomText_eps_TOnly").train_step(batch_of(text()))
+    assert 0 < report["sup"] < 1e-4 < 0.1 < report["anchor"]
+    trainer = text("randomText_eps")
+    clean, valid = trainer.label_space.encode(batch_of(trainer)["target"])
+    logits = torch.randn(clean.shape, requires_grad=True)
+    gradients = []
+    for trust in ((1.0, 1.0), (1.0, 0.01)):
+        loss = trainer.estimate_loss(logits, clean, valid, torch.tensor(trust).view(2, 1, 1, 1))
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    assert gradients[0].abs().amax((1, 2, 3)).min() > 0
+    torch.testing.assert_close(gradients[1][0], gradients[0][0])
+    torch.testing.assert_close(gradients[1][1], 0.01 * gradients[0][1])
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [("T5_10steps", "steps=10 is more than"), ("twoStage_zeta3", "'twoStage' trains no label encoder")],
@@ -171,6 +188,18 @@ def test_random_text_is_the_same_every_time_and_needs_no_encoder(monkeypatch: py
     a, b, other = (text(f"randomText_{t}", labels=ORGANS).network.tokens for t in ("noise0", "noise0_lr1e-4", "noise1"))
     assert a.shape == (2, 8, 768) and torch.equal(a, b) and not torch.equal(a, other)
     assert float(a.std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_pretrained_weights_bring_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of -pretrained_weights hold the prompts of another dataset."""
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer = text("randomText", labels=ORGANS)
+    wanted = trainer.network.tokens.clone()
+    trainer.network.tokens.zero_()
+    trainer.network.token_mask.zero_()
+    trainer.on_train_start()
+    for network in (trainer.network, trainer.teacher):
+        assert torch.equal(network.tokens, wanted) and network.token_mask.all()
 
 
 def test_mean_token_ignores_padding() -> None:
