@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ class Growth:
         modality: the new one.
         labels: names of labels that no modality had before.
         parameters: of the model before and after.
-        trainer: class that trained the model, to train on with.
+        trainer: name to train on with, everything or, with the token ``freezeOld``, what is new.
         configuration: of the model.
+        plans: name of its plans.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Growth:
     parameters: tuple[int, int]
     trainer: str
     configuration: str
+    plans: str
 
 
 def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Sequence[int | str]) -> Growth:
@@ -57,9 +60,12 @@ def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Se
         output: must not exist.
         folds: to extend.
     Raises:
-        ValueError: no M4oE model, or a dataset that does not continue it. FileNotFoundError: something is missing.
+        ValueError: no M4oE model, a dataset that does not continue it, or an output folder that exists.
+        FileNotFoundError: something is missing.
         CheckpointError: a damaged or unsafe checkpoint.
     """
+    if output.exists():
+        raise ValueError(f"{output} exists. Name a folder that does not exist yet.")
     files = (model_folder / name for name in ("plans.json", "dataset.json"))
     plans, old_json = (load_json(file, "Name a model folder with -m.") for file in files)
     if TRAINER not in plans.get(PLANS_KEY, {}):
@@ -67,24 +73,25 @@ def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Se
     name = dataset_name(dataset)
     new_json = load_json(preprocessed_folder(name) / "dataset.json", "Preprocess the dataset first.")
     modality, labels = _continues(plans, old_json, new_json)
-    new_plans = _larger(plans, name, new_json)
     checkpoints = {fold: read_safely(model_folder / f"fold_{fold}" / FINAL) for fold in folds}
     configuration = model_folder.name.rpartition("__")[2]
     configuration = next(iter(checkpoints.values()))["init_args"]["configuration"] or configuration
-    old, new = (_network(p, j, configuration) for p, j in ((plans, old_json), (new_plans, new_json)))
+    old = _network(plans, old_json, configuration)
+    new_plans = _larger(plans, name, new_json, old.experts + 1)
+    new = _network(new_plans, new_json, configuration)
     sizes = tuple(sum(p.numel() for p in network.parameters()) for network in (old, new))
     trainer = ""
     with new_folder(output) as folder:
         for file, content in (("plans.json", new_plans), ("dataset.json", new_json)):
             (folder / file).write_text(json.dumps(content, indent=4))
         for fold, checkpoint in checkpoints.items():
-            trainer = checkpoint["trainer_name"]
+            trainer = _train_on(checkpoint["trainer_name"], new_plans)
             weights = extend_weights(checkpoint["network_weights"], old, new)
             init = {**checkpoint["init_args"], "plans": new_plans, "dataset_json": new_json}
             kept = {k: checkpoint[k] for k in ("trainer_name", "inference_allowed_mirroring_axes", "current_epoch")}
             (folder / f"fold_{fold}").mkdir()
             write_checkpoint({**kept, "init_args": init, "network_weights": weights}, folder / f"fold_{fold}" / FINAL)
-    return Growth(output, modality, labels, sizes, trainer, configuration)
+    return Growth(output, modality, labels, sizes, trainer, configuration, plans["plans_name"])
 
 
 def _continues(
@@ -118,17 +125,24 @@ def _continues(
     return cases.names[-1], tuple(new_labels[len(old_labels) :])
 
 
-def _larger(plans: Mapping[str, Any], name: str, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's plans for the new dataset."""
+def _larger(plans: Mapping[str, Any], name: str, dataset_json: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    """The model's plans for the new dataset and so many experts."""
     larger = {**deepcopy(dict(plans)), "dataset_name": name}
     settings = larger[PLANS_KEY][TRAINER]
     settings.update(find_trainer(TRAINER).from_dataset(dataset_json))
-    if settings["experts"] is not None:
-        settings["experts"] += 1
+    settings["experts"] = None if experts == len(settings["modalities"]) else experts
     labels = PlansManager(larger).get_label_manager(dict(dataset_json))
     space = LabelSpace(labels.num_segmentation_heads, labels.has_regions, labels.ignore_label)
     larger[PLANS_KEY][LABELS_KEY] = vars(space).copy()
     return larger
+
+
+def _train_on(trainer: str, plans: Mapping[str, Any]) -> str:
+    """Name of the trainer whose network is the larger one, and which starts from it."""
+    base, *tokens = trainer.split("_")
+    tokens = [t for t in tokens if t not in ("noMAE", "freezeOld") and not re.fullmatch(r"experts\d+", t)]
+    experts = plans[PLANS_KEY][TRAINER]["experts"]
+    return "_".join([base, *tokens, *([f"experts{experts}"] if experts else [])])
 
 
 def _network(plans: dict[str, Any], dataset_json: Mapping[str, Any], configuration: str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,15 +32,15 @@ def run(args: argparse.Namespace) -> int:
 
     folder, folds = find_model_folder(None, None, model_folder=args.m), parse_folds(args.f)
     check_folds(folder, folds, FINAL)
-    growth = add_modality(folder, args.d, Path(args.o), folds)
+    growth = add_modality(folder, args.d, Path(args.o).resolve(), folds)
     before, after = growth.parameters
     labels = f", labels {', '.join(growth.labels)}" if growth.labels else ""
-    plans = folder.name.split("__")[1] if folder.name.count("__") == 2 else "PLANS"
     number = dataset_id(dataset_name(args.d))
     print(
         f"{growth.folder}: modality {growth.modality} added{labels}; {before / 1e6:.2f} M parameters became "
-        f"{after / 1e6:.2f} M.\nTrain it, everything or (token freezeOld) only what is new:\n"
-        f"  export nnUNet_diffext_pretraining={growth.folder}\n"
-        f"  nnUNetv2_train {number} {growth.configuration} {folds[0]} -tr {growth.trainer}_freezeOld -p {plans}"
+        f"{after / 1e6:.2f} M.\nTrain only what is new, or without the token freezeOld everything:\n"
+        f"  export nnUNet_diffext_pretraining={shlex.quote(str(growth.folder))}\n"
+        f"  nnUNetv2_train {number} {growth.configuration} {folds[0]} -tr {growth.trainer}_freezeOld "
+        f"-p {growth.plans}"
     )
     return 0

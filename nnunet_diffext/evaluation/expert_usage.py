@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class ExpertUsage:
             "epoch": epoch,
             "experts": self.experts,
             "layers": self.layers,
-            "told": round(self.told, 4),
+            "told": None if math.isnan(self.told) else round(self.told, 4),  # JSON has no NaN
             "usage": {name: u for name, u in zip(self.modalities, usage, strict=True) if name in seen},
         }
         write_atomically(folder / f"{USAGE}.json", json.dumps(content, indent=1) + "\n")

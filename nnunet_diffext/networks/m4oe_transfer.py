@@ -21,7 +21,9 @@ def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: the encoders differ.
     """
-    given = spread_expert(encoder_weights(weights), net.experts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # all processes of a distributed training must start from the same copies
+        given = spread_expert(encoder_weights(weights), net.experts)
     own = {k: v.shape for k, v in net.encoder.state_dict().items()}
     wrong = [k for k, v in given.items() if own.get(k) != v.shape]
     wrong += [k for k in own if k not in given and ".gate." not in k]
