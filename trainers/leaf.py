@@ -93,7 +93,7 @@ class LEAFSettings(DiffusionSettings):
         1, "level of the U-Net's encoder that is aligned, 0 = the latents' resolution", number="alignLevel#", minimum=0
     )
     align_until: float = setting(
-        1.0, "share of the training after which alignment stops", number="alignUntil#", minimum=0, maximum=1
+        1.0, "share of the epochs after which alignment stops", number="alignUntil#", minimum=0, maximum=1
     )
     align_slices: int = setting(
         2, "in 3D: axial slices per volume and step that the teacher sees", number="alignSlices#", minimum=1
@@ -152,8 +152,8 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
     # ------------------------------------------------------------------ the teacher, outside the network
     @property
     def aligns(self) -> bool:
-        """Whether features are aligned in this step."""
-        return self.projector is not None and self.progress < self.settings.align_until
+        """Whether features are aligned in this epoch; it stops between epochs, over which nnU-Net averages losses."""
+        return self.projector is not None and self.current_epoch < self.settings.align_until * self.num_epochs
 
     def initialize(self) -> None:
         """Load the teacher before any work is done. What is continued may need none, see :meth:`on_train_start`."""

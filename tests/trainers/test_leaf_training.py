@@ -168,6 +168,18 @@ def test_alignment_stops(until: str, epochs: int, vit: None) -> None:
     assert aligned == [True] * epochs + [False] * (10 - epochs)
 
 
+def test_alignment_never_stops_within_an_epoch(vit: None) -> None:
+    """Its losses could not be averaged."""
+    trainer = leaf("alignUntil0p3_4epochs_2iters")
+    for epoch, aligned in enumerate([True, True, False]):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        reports = [trainer.train_step(batch_of(trainer)) for _ in range(2)]
+        assert ["align" in report for report in reports] == [aligned] * 2
+        trainer.on_train_epoch_end(reports)
+    assert len(trainer.logger.local_logger.my_fantastic_logging["train_align"]) == 2
+
+
 def test_without_a_teacher() -> None:
     """The three ways out; and nothing has been built when it is said."""
     save_codec()
