@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.data.dataset import foreground
@@ -15,6 +16,7 @@ from nnunet_diffext.files import write_atomically
 from nnunet_diffext.networks.mask_autoencoder import AutoencoderOutput, MaskAutoencoder
 from nnunet_diffext.settings import setting
 from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
+from nnunet_diffext.trainers.configured import CUDA
 
 RESULT = "reconstruction.json"
 
@@ -47,6 +49,13 @@ class MaskAutoencoderTrainer(AdamTrainer):
 
     Settings = AutoencoderSettings
     base_name = "MaskAutoencoderTrainer"
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        # It segments nothing for the second stage of a cascade, and does not look at what the first one segmented.
+        self.is_cascaded, self.folder_with_segs_from_previous_stage = False, None
 
     @staticmethod
     def build_network_architecture(

@@ -1,6 +1,8 @@
-"""One rank of a distributed training on the CPU: ``ddp_script.py RANK WORLD_SIZE PORT DATASET OUTPUT``.
+"""One rank of distributed trainings on the CPU: ``ddp_script.py RANK WORLD_SIZE PORT OUTPUT DATASET TRAINER ...``.
 
-nnU-Net's trainer takes for granted that DDP means CUDA and NCCL. Only the device is replaced here.
+A trainer whose name tells its epochs is trained and validated by nnU-Net's loop; the others take three steps on the
+batches of the one before. nnU-Net's trainer takes for granted that DDP means CUDA and NCCL: only the device is replaced
+here. See ``ranks.py`` for what is compared.
 """
 
 from __future__ import annotations
@@ -18,15 +20,6 @@ from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
 from torch.nn.parallel import DistributedDataParallel
 from workspace import CPU, make_trainer, threads_instead_of_spawn
 
-from nnunet_diffext.trainers import find_trainer
-from nnunet_diffext.trainers.configured import ConfiguredTrainer
-
-FULL = "DMEDSegTrainer_2epochs_2iters_1valiters_save1"
-VARIANTS = (
-    "noCACL", "IEFA", "eq4", "CEonly", "DEonly", "fixedAverage", "paper", "halfDE", "TOnly", "noCopyPaste",
-    "recycle", "leaky", "eq4_featuresOnly_TOnly", "noCACL_TOnly_eq4", "iefaUncertain_oneDirection",
-)  # fmt: skip
-
 
 def on_cpu(network: torch.nn.Module, device_ids: list[int]) -> DistributedDataParallel:
     """DDP as nnU-Net makes it, but for the device."""
@@ -39,25 +32,33 @@ def keep_cpu(self: Any, *arguments: Any, **options: Any) -> None:
     self.device, self.grad_scaler = CPU, None
 
 
-def checksum(parameters: Any) -> list[float]:
+def checksum(tensors: Any) -> list[float]:
     """Sums that two ranks compare."""
-    return [float(p.detach().double().sum()) for p in parameters]
+    return [float(t.detach().double().sum()) for t in tensors]
 
 
-def report(trainer: Any, steps: list[dict]) -> dict[str, Any]:
-    """Losses and state of this rank."""
-    teacher = trainer.teacher
+def state_of(trainer: Any) -> dict[str, Any]:
+    """What must be the same on all ranks."""
+    projector = getattr(trainer, "projector", None)
     return {
-        "losses": [{k: float(v) for k, v in s.items()} for s in steps],
         "parameters": checksum(trainer.module.parameters()),
-        "teacher": checksum(teacher.parameters()) if teacher is not None else None,
+        "buffers": checksum(trainer.module.buffers()),
+        "teacher": None if trainer.teacher is None else checksum(trainer.teacher.parameters()),
+        "projector": None if projector is None else checksum(projector.parameters()),
+        "strength": getattr(trainer, "_strength", None),
         "bad_steps": trainer.bad_steps,
     }
 
 
-def full_training(dataset: str) -> tuple[dict[str, Any], list[dict]]:
+def report(trainer: Any, steps: list[dict], **more: Any) -> dict[str, Any]:
+    """Losses and state of this rank."""
+    losses = [{k: float(v) for k, v in s.items()} for s in steps]
+    return {"losses": losses, "state": state_of(trainer), "batch_size": trainer.batch_size, **more}
+
+
+def full_training(dataset: str, name: str) -> tuple[dict[str, Any], list[dict]]:
     """Training and final validation by nnU-Net's loop; also the batches that it used."""
-    trainer = make_trainer(dataset, FULL)
+    trainer = make_trainer(dataset, name)
     steps, batches, plain = [], [], trainer.train_step
 
     def step(batch: dict) -> dict:
@@ -68,21 +69,22 @@ def full_training(dataset: str) -> tuple[dict[str, Any], list[dict]]:
     trainer.train_step = step
     trainer.run_training()
     trainer.perform_actual_validation()
-    return {**report(trainer, steps), "batch_size": trainer.batch_size}, batches
+    return report(trainer, steps), batches
 
 
-def a_few_steps(dataset: str, variant: str, batches: list[dict]) -> dict[str, Any]:
+def a_few_steps(dataset: str, name: str, batches: list[dict]) -> dict[str, Any]:
     """A parameter without gradient makes DDP fail in the second step."""
-    trainer = make_trainer(dataset, f"DMEDSegTrainer_{variant}_2iters_seed3")
+    trainer = make_trainer(dataset, name)
     trainer.initialize()
+    trained = [p.requires_grad for p in trainer.module.parameters()]
     before = checksum(trainer.module.parameters())
     trainer.network.train()
     steps = [trainer.train_step(batch) for batch in batches[:3]]
-    return {**report(trainer, steps), "before": before}
+    return report(trainer, steps, before=before, trained=trained)
 
 
 if __name__ == "__main__":
-    rank, world_size, port, name, output = sys.argv[1:]
+    rank, world_size, port, output, data, *names = sys.argv[1:]
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo", rank=int(rank), world_size=int(world_size))
@@ -90,11 +92,12 @@ if __name__ == "__main__":
     stock.nnUNetTrainer.__init__ = keep_cpu
     stock.DDP = on_cpu
     multiprocessing.get_context = threads_instead_of_spawn
-    assert issubclass(find_trainer("DMEDSegTrainer"), ConfiguredTrainer)
-    results = {}
-    results["full"], used = full_training(name)
-    for token in VARIANTS:
-        results[token] = a_few_steps(name, token, used)
+    results, used = {}, []
+    for name in names:
+        if "epochs" in name:
+            results[name], used = full_training(data, name)
+        else:
+            results[name] = a_few_steps(data, name, used)
     Path(output).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
-from nnunetv2.run.run_training import find_free_network_port
+from ranks import check_ranks_agree, train_on_two_ranks
 from workspace import (
     FOLDERS,
     MAIN,
@@ -284,28 +284,12 @@ def test_killed_training_continues_without_the_prior(
 
 # ------------------------------------------------------------------ two ranks
 def test_two_ranks_train_together(workspace: Workspace, prior: Path, tmp_path: Path) -> None:
-    port = str(find_free_network_port())
-    script = str(Path(__file__).with_name("ddp_pgrd_script.py"))
-    processes = []
-    for rank in ("0", "1"):
-        with open(tmp_path / f"{rank}.log", "w") as log:
-            environment = {**os.environ, **workspace.environment, VARIABLE: str(prior)}
-            arguments = [sys.executable, script, rank, "2", port, MAIN, str(tmp_path / rank)]
-            processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [p.wait(400) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in (0, 1))
-    one, other = (json.loads((tmp_path / rank).read_text()) for rank in ("0", "1"))
-    for variant in one:
-        a, b = one[variant], other[variant]
-        for key in ("parameters", "scales", "strength", "prior"):
-            assert a[key] == b[key], (variant, key)
-        assert a["bad_steps"] == b["bad_steps"] == 0
-        assert np.isfinite([v for step in a["losses"] for v in step.values()]).all()
-        assert a["losses"] != b["losses"], "the ranks should see different patches"
-    name = [n for n in one if n.startswith("PGRDTrainer_2epochs")]
-    check_training(workspace.model(MAIN, name[0]))
-    assert same(prior_in(workspace.model(MAIN, name[0])), weights(prior))
+    full = "PGRDTrainer_2epochs_2iters_1valiters_seed5"
+    tokens = ("noPGR", "noDDS", "vanillaDDPM", "x0_TOnly_hardPrior")
+    names = [full, *(f"PGRDTrainer_{variant}_2iters_seed3" for variant in tokens)]
+    environment = {**workspace.environment, VARIABLE: str(prior)}
+    one, other = train_on_two_ranks(tmp_path, MAIN, names, environment)
+    for name in names:
+        check_ranks_agree(one[name], other[name])
+    check_training(workspace.model(MAIN, full))
+    assert same(prior_in(workspace.model(MAIN, full)), weights(prior))
