@@ -39,7 +39,6 @@ class DMEDSettings(MethodSettings):
             {
                 "copy_paste": 0.0, "strong_intensity": False, "ema_decay": 0.0, "momentum": 0.9, "epochs": 300,
                 "ramp": 1.0, "fuse_predictions": False, "expert_supervision": 1.0, "coupled": True, "lambda_iefa": 0.5,
-                "deep_supervision": False,
             },
         ),
     }  # fmt: skip
@@ -76,7 +75,7 @@ class DMEDSettings(MethodSettings):
         number="expert#", switches={"eq4": 0.0}, minimum=0,
     )  # fmt: skip
     deep_supervision: bool = setting(
-        True, "losses of the experts at coarser resolutions as well, as in nnU-Net", switches={"noDS": False}
+        False, "losses of the experts at coarser resolutions as well, as in nnU-Net", switches={"DS": True}
     )
     coupled: bool = setting(
         False, "the loss on the fused prediction trains the experts as well, or only the fusion; always with eq4",

@@ -75,7 +75,7 @@ class DMEDNet(nn.Module):
         schedule: str = "cosine",
         target_scale: float = 0.1,
         noise_seed: int = 0,
-        deep_supervision: bool = True,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         k = label_space.num_heads

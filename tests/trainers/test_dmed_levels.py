@@ -13,7 +13,7 @@ DEEP = "2d-deep"
 
 
 def train_output(tokens: dict[str, Any], kind: str = DEEP) -> Any:
-    net = make_net(kind, **tokens).train()
+    net = make_net(kind, **{"deep_supervision": True, **tokens}).train()
     return net(torch.randn(2, 1, *KINDS[kind].patch))
 
 
@@ -29,7 +29,7 @@ def test_levels_are_those_of_nnunet(experts: str) -> None:
 
 
 def test_prediction_does_not_depend_on_the_coarse_heads() -> None:
-    net = make_net(DEEP).eval()
+    net = make_net(DEEP, deep_supervision=True).eval()
     image = torch.randn(1, 1, *KINDS[DEEP].patch)
     before = net(image)
     for expert in (net.de, net.ce):
@@ -46,7 +46,7 @@ def losses_with(trainer: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("tokens", "term"), [("", "sup_experts"), ("CEonly", "sup"), ("DEonly", "cac")])
 def test_coarse_heads_enter_the_experts_losses(tokens: str, term: str) -> None:
     """And only these: the fused prediction has one resolution."""
-    trainer = ready_trainer(tokens, DEEP)
+    trainer = ready_trainer("_".join(filter(None, [tokens, "DS"])), DEEP)
     batch = make_batch(trainer)
     trainer.start_teacher()
     before = losses_with(trainer, batch)
