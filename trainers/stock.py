@@ -45,12 +45,24 @@ class nnUNetTrainer(ConfiguredTrainer):  # noqa: N801 - nnU-Net's own name, exte
         if not self.settings.mask_unannotated:
             return loss
         self.cases = modalities_of(self.dataset_json)
+        if not self.cases.listed:
+            self.print_to_log_file(
+                "maskUnannotated changes nothing: in this dataset, every label is annotated everywhere."
+            )
 
         def masked(output: Any, target: Any) -> Tensor:
             clean, hidden = self._cleaned(target)
             return loss(self._merged(output, hidden), clean)
 
         return masked
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's. A case of which nobody knows what was annotated is reported before any work is done."""
+        train, val = super().do_split()
+        if self.settings.mask_unannotated:
+            for case in (*train, *val):
+                self.cases.annotated(case)
+        return train, val
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's."""

@@ -70,4 +70,5 @@ def _lines(report: MergeReport, number: int) -> Iterator[str]:
     flat = all(s.flat for s in report.sources)
     if any(s.unlabeled for s in report.sources):
         yield f"  nnunet_diffext preprocess_unlabeled -d {number}"
-    yield f"  nnUNetv2_train {number} {'2d' if flat else '3d_fullres'} 0 -tr M4oETrainer"
+    for trainer in ("M4oEPretrainTrainer", "M4oETrainer"):
+        yield f"  nnUNetv2_train {number} {'2d' if flat else '3d_fullres'} 0 -tr {trainer}"

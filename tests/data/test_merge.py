@@ -271,9 +271,10 @@ def test_verb(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
     assert printed[2].split() == [MR, "MR", "2", "0", "spleen,", "lesion"]
     assert "labels: background 0, liver 1, spleen 2, lesion 3, ignore 4" in printed
     assert "channel 0: image (was CT, MR), normalised by ZScoreNormalization" in printed
-    assert [line.strip() for line in printed[-3:]] == [
+    assert [line.strip() for line in printed[-4:]] == [
         "nnUNetv2_plan_and_preprocess -d 20 --verify_dataset_integrity",
         "nnunet_diffext preprocess_unlabeled -d 20",
+        "nnUNetv2_train 20 3d_fullres 0 -tr M4oEPretrainTrainer",
         "nnUNetv2_train 20 3d_fullres 0 -tr M4oETrainer",
     ]
 

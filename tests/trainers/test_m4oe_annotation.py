@@ -162,12 +162,14 @@ def test_validation_knows_the_modality() -> None:
 
 
 # ------------------------------------------------------------------ stock nnU-Net with the same loss
+stock = partial(make_trainer, kind="2d-deep", base="nnUNetTrainer", **{"labels": LABELS, "diffext": MIXED})
+
+
 @pytest.mark.parametrize("labels", [LABELS, IGNORE])
 def test_loss_of_the_stock_trainer(labels: dict[str, int]) -> None:
     """On every level of deep supervision. Without the token it is nnU-Net."""
-    stock = partial(make_trainer, kind="2d-deep", base="nnUNetTrainer", labels=labels, diffext=MIXED)
     for tokens in ("", "maskUnannotated"):
-        trainer = stock(tokens)
+        trainer = stock(tokens, labels=labels)
         trainer.initialize()
         batch = {"keys": ["ct_0", "ct_1"], "data": torch.randn(2, 1, 64, 64)}
         output = [level.detach().requires_grad_() for level in trainer.network(batch["data"])]
@@ -187,7 +189,7 @@ def test_loss_of_the_stock_trainer(labels: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("tokens", ["", "maskUnannotated"])
 def test_validation_of_the_stock_trainer(tokens: str) -> None:
-    trainer = make_trainer(tokens, "2d-deep", base="nnUNetTrainer", labels=LABELS, diffext=MIXED)
+    trainer = stock(tokens)
     trainer.initialize()
     batch = {"keys": ["ct_0"], "data": torch.randn(1, 1, 64, 64)}
     target = [torch.zeros(1, 1, 64 >> level, 64 >> level, dtype=torch.short) for level in range(5)]
@@ -200,11 +202,19 @@ def test_validation_of_the_stock_trainer(tokens: str) -> None:
     assert [result[k].tolist() for k in ("tp_hard", "fp_hard", "fn_hard")] == [[0, true], [0, false], [0, 0]]
 
 
+@pytest.mark.parametrize(("diffext", "useless"), [(None, True), ({"modalities": CASES}, True), (MIXED, False)])
+def test_stock_trainer_says_when_everything_is_annotated(diffext: Any, useless: bool) -> None:
+    trainer, said = stock("maskUnannotated", diffext=diffext), []
+    trainer.print_to_log_file = lambda *text, **_: said.append(" ".join(map(str, text)))
+    trainer.initialize()
+    assert any("maskUnannotated changes nothing" in line for line in said) == useless
+
+
 # ------------------------------------------------------------------ every case has a modality
-@pytest.mark.parametrize("base", ["M4oETrainer", "M4oEPretrainTrainer"])
+@pytest.mark.parametrize("base", ["M4oETrainer", "M4oEPretrainTrainer", "nnUNetTrainer"])
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_case_without_a_modality_is_refused_before_the_training(base: str, part: str, nnunet_folders: Any) -> None:
-    trainer = trainer_of(base=base)
+    trainer = trainer_of(base=base) if base != "nnUNetTrainer" else stock("maskUnannotated")
     split = {"train": ["ct_0", "mr_0"], "val": ["ct_1"]}
     split[part].append("case_7")
     folder = Path(trainer.preprocessed_dataset_folder_base)
