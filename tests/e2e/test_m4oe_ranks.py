@@ -1,4 +1,4 @@
-"""M4oE on two ranks, and on an ordinary dataset of one modality."""
+"""M4oE on two ranks, in a cascade, and on an ordinary dataset of one modality."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from ranks import Results, check_ranks_agree, train_on_two_ranks
-from workspace import MAIN, Workspace, curves, log_of, predict, train
+from workspace import MAIN, Workspace, curves, log_of, make_trainer, predict, train
 
+from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.inference.modality import set_modality
 from nnunet_diffext.inference.predictor import Predictor
 from nnunet_diffext.stages import FINAL
@@ -99,3 +100,18 @@ def test_ordinary_dataset(workspace: Workspace, main_dataset: str, test_images: 
     assert len(list(predict(model, test_images, tmp_path / "out").glob("*.nii.gz"))) == 2
     with pytest.raises(ValueError, match="--modality CT: this model knows MR"):
         set_modality(Predictor(model, (0,)).nnunet, "CT")
+
+
+def test_cascade(workspace: Workspace, main_dataset: str, test_images: Path, tmp_path: Path) -> None:
+    """The second stage sees what the first one has segmented. Phase 1 makes no such masks, and says so."""
+    name, cascade = f"M4oETrainer_{SMALL}", "3d_cascade_fullres"
+    train(main_dataset, name, "3d_lowres", "all")
+    train(main_dataset, name, cascade)
+    weights = read_safely(workspace.model(MAIN, name, cascade) / "fold_0" / FINAL)["network_weights"]
+    assert weights["encoder.embedding.projection.weight"].shape[1] == 2, "image and previous mask"
+    low = predict(workspace.model(MAIN, name, "3d_lowres"), test_images, tmp_path / "low", ("all",))
+    model = workspace.model(MAIN, name, cascade)
+    output = predict(model, test_images, tmp_path / "out", folder_with_segs_from_prev_stage=str(low))
+    assert len(list(output.glob("*.nii.gz"))) == 2
+    with pytest.raises(NotImplementedError, match="Train 3d_cascade_fullres without it: M4oETrainer_noMAE"):
+        make_trainer(main_dataset, f"M4oEPretrainTrainer_{SIZE}", cascade).initialize()

@@ -103,7 +103,7 @@ class Oracle(nn.Module):
         alpha, sigma = self.schedule.marginal(t, z_t.ndim)
         noise = (z_t - alpha * self.z0) / sigma
         features = [torch.zeros(len(z_t), 1, *z_t.shape[2:])] * 2
-        return UNetOutput(target(self.kind, self.z0, noise, t, self.schedule), features, features)
+        return UNetOutput(target(self.kind, self.z0, noise, t, self.schedule), features, features, [])
 
 
 def save_codec(tokens: str = "", kind: str | Kind = FLAT, **options: Any) -> Path:

@@ -83,7 +83,7 @@ def test_the_frozen_prior_has_no_moments(planned: Planned) -> None:
     step.train()
     states = step.trainer.optimizer.state.values()
     moments = sum(t.numel() * 4 for state in states for t in state.values() if torch.is_tensor(t) and t.ndim)
-    assert fixed_bytes(step) == size_in_bytes(step.network) + moments
+    assert fixed_bytes(step) == size_in_bytes(step.network) + size_in_bytes(step.teacher) + moments
     assert (
         fixed_bytes(step) + CONTEXT
         == estimate(find_trainer(TRAINER), planned.read("nnUNetPlans"), "3d_fullres", planned.read("dataset")).fixed
