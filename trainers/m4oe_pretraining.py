@@ -74,6 +74,20 @@ class M4oEPretrainTrainer(MultimodalTrainer, AdamTrainer, SemiSupervisedTrainer)
             **s.network_arguments(),
         )
 
+    def initialize(self) -> None:
+        """Not for the second stage of a cascade.
+
+        Raises:
+            NotImplementedError: for that.
+        """
+        if self.is_cascaded:
+            raise NotImplementedError(
+                f"{self.base_name} reconstructs images; the masks of {self.configuration_manager.previous_stage_name} "
+                f"that {self.configuration_name} also sees are not made by it. Train {self.configuration_name} without "
+                "it: M4oETrainer_noMAE, for both stages."
+            )
+        super().initialize()
+
     def _find_pool(self) -> UnlabeledPool:
         """Also whether every image has a modality."""
         pool = super()._find_pool()
