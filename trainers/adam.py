@@ -54,10 +54,14 @@ class AdamTrainer(DiffextTrainer):
         s = self.settings
         betas = (s.momentum, 0.999)
         optimizer = torch.optim.AdamW(self.trainable(), self.initial_lr, betas=betas, weight_decay=s.weight_decay)
-        if s.lr_decay == "cosine":
-            return optimizer, CosineLRScheduler(optimizer, self.initial_lr, self.num_epochs)
-        exponent = 0.0 if s.lr_decay == "constant" else 0.9
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent)
+        return optimizer, self.scheduler_of(optimizer)
+
+    def scheduler_of(self, optimizer: torch.optim.Optimizer) -> PolyLRScheduler:
+        """What the settings want to become of the learning rate."""
+        decay = self.settings.lr_decay
+        if decay == "cosine":
+            return CosineLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        return PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, 0.0 if decay == "constant" else 0.9)
 
     def train_step(self, batch: dict) -> dict:
         """One step; during the warm-up with a smaller learning rate."""

@@ -189,11 +189,11 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         if self.settings.freeze_old:
             freeze_all_but(self.network, len(self.settings.modalities) - 1)  # DDP wraps it later
         of = ConfiguredTrainer if self.settings.optimizer == "sgd" else AdamTrainer
-        optimizer, scheduler = of.configure_optimizers(self)
+        optimizer, _ = of.configure_optimizers(self)
         if self.settings.freeze_old:
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.0  # it would move what is frozen in part
-        return optimizer, scheduler
+        return optimizer, self.scheduler_of(optimizer)
 
     def loss_weights(self) -> Mapping[str, float]:
         """Of the losses on the gates."""

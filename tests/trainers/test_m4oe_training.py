@@ -95,6 +95,10 @@ def test_optimisers() -> None:
     assert [group[k] for k in ("lr", "momentum", "weight_decay")] == [0.05, 0.9, 1e-4]
     trainer.train_step(batch_of(trainer))
     assert group["lr"] == 0.05, "no warm-up"
+    for tokens, halfway in (("swinUNet_constantLR", 0.05), ("swinUNet_cosineLR", 0.025), ("swinUNet", 0.05 * 0.5**0.9)):
+        trainer = ready(f"{tokens}_10epochs")
+        trainer.lr_scheduler.step(5)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(halfway)
 
 
 @pytest.mark.parametrize(
