@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,6 +68,17 @@ def check_blocks(blocks: Mapping[str, Any]) -> None:
     unknown = sorted(set(blocks) - known)
     if unknown:
         raise SettingsError(f"Unknown key(s) {unknown} in the plans' '{PLANS_KEY}' block. Known: {sorted(known)}.")
+
+
+@contextmanager
+def instead(thing: Any, **attributes: Any) -> Iterator[None]:
+    """Give a trainer or network other attributes for a while, so that nnU-Net's own methods use them."""
+    before = {name: getattr(thing, name) for name in attributes}
+    try:
+        vars(thing).update(attributes)
+        yield
+    finally:
+        vars(thing).update(before)
 
 
 def seed_everything(seed: int) -> None:

@@ -19,8 +19,8 @@ from nnunet_diffext.networks.m4oe_transfer import freeze_all_but, start_from_pre
 from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.adam import AdamTrainer
-from nnunet_diffext.trainers.configured import ConfiguredTrainer
-from nnunet_diffext.trainers.multimodal import MultimodalTrainer, SwinSettings, instead
+from nnunet_diffext.trainers.configured import ConfiguredTrainer, instead
+from nnunet_diffext.trainers.multimodal import MultimodalTrainer, SwinSettings
 from nnunet_diffext.trainers.staged import StagedTrainer, load_weights
 
 ONE_MODALITY = "One modality: its experts are shared out by the gate alone, which nothing but the loss tells apart."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,17 +37,6 @@ class SwinSettings(AdamSettings):
         """Of the Swin encoder, by name."""
         names = ("embed_stride", "embed_dim", "stages", "depth", "window", "drop_path")
         return {name: getattr(self, name) for name in names}
-
-
-@contextmanager
-def instead(trainer: Any, **attributes: Any) -> Iterator[None]:
-    """Give a trainer other attributes for a while, so that nnU-Net's own methods use them."""
-    before = {name: getattr(trainer, name) for name in attributes}
-    try:
-        vars(trainer).update(attributes)
-        yield
-    finally:
-        vars(trainer).update(before)
 
 
 class MultimodalTrainer(DiffextTrainer):

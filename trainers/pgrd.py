@@ -14,6 +14,7 @@ from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
 from nnunet_diffext.settings import SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.averaged import AveragedTrainer
+from nnunet_diffext.trainers.configured import instead
 from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.guided import PRIOR_KINDS, GuidedTrainer
 from nnunet_diffext.trainers.staged import build_network_of
@@ -175,9 +176,5 @@ class PGRDTrainer(AdamTrainer, AveragedTrainer, GuidedTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, on one-step predictions: drawing samples would take longer than the training."""
-        sampling = self.module.sampling
-        self.module.sampling = replace(sampling, samples=1, steps=1)
-        try:
+        with instead(self.module, sampling=replace(self.module.sampling, samples=1, steps=1)):
             return super().validation_step(batch)
-        finally:
-            self.module.sampling = sampling

@@ -16,8 +16,7 @@ from torch import Tensor
 from nnunet_diffext.data.modalities import Modalities, modalities_of
 from nnunet_diffext.losses.segmentation import merge_unannotated, without_unannotated
 from nnunet_diffext.settings import TrainingSettings, setting
-from nnunet_diffext.trainers.configured import ConfiguredTrainer
-from nnunet_diffext.trainers.multimodal import instead
+from nnunet_diffext.trainers.configured import ConfiguredTrainer, instead
 
 
 @dataclass(frozen=True, kw_only=True)
