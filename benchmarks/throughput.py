@@ -36,6 +36,9 @@ METHODS = {
     "mask autoencoder": "MaskAutoencoderTrainer",
     "LEAF": "LEAFTrainer_noAlign",
     "TextDiffSeg": "TextDiffSegTrainer_randomText",
+    "M4oE, three experts": "M4oETrainer",
+    "M4oE, top1 of three": "M4oETrainer_top1",
+    "M4oE, plain MLPs": "M4oETrainer_woMoE",
 }
 CONFIGURATION = "3d_fullres"
 

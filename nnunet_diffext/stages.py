@@ -143,13 +143,10 @@ def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, datas
             f"{stage.folder} has no configuration {configuration} (it has {known}). "
             "Train it in this configuration, or use one of its own."
         )
-    here, there = ({**p, **_resolved(p, configuration)} for p in (plans, stage.plans))
-    different = [key for key in (*MUST_AGREE, *PLAN_DATA_KEYS) if here.get(key) != there.get(key)]
+    different = differences(stage.plans, plans, configuration)
     if different:
-        key = different[0]
         raise StageError(
-            f"{stage.folder} was trained with other plans: {', '.join(different)} differ ({key} is {there.get(key)} "
-            f"there and {here.get(key)} here). Train it with the plans {plans['plans_name']}."
+            f"{stage.folder} was trained with other plans: {different}. Train it with the plans {plans['plans_name']}."
         )
     file = stage.folder / "dataset.json"
     if file.is_file():
@@ -160,6 +157,16 @@ def check_fits(stage: Stage, plans: Mapping[str, Any], configuration: str, datas
                     f"{stage.folder} was trained with other {key}: {trained.get(key)}, here {dataset_json.get(key)}. "
                     "Train it again on the dataset as it is now."
                 )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], configuration: str) -> str:
+    """What two plans do not agree on that data and networks depend on; empty if nothing."""
+    there, here = ({**p, **_resolved(p, configuration)} for p in (there, here))
+    different = [key for key in (*MUST_AGREE, *PLAN_DATA_KEYS) if here.get(key) != there.get(key)]
+    if not different:
+        return ""
+    key = different[0]
+    return f"{', '.join(different)} differ ({key} is {there.get(key)} there and {here.get(key)} here)"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         "of Experts. MICCAI 2024."
     )
     usage: ExpertUsage | None = None
+    _starved: frozenset[int] = frozenset()
 
     @staticmethod
     def build_network_architecture(
@@ -146,6 +147,15 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         """Unless the settings leave phase 1 out."""
         return self.settings.pretrained
 
+    @property
+    def _wanted_trainer(self) -> str:
+        """Without a name of its own, phase 1 of a network that fits."""
+        wanted = super()._wanted_trainer
+        if wanted != M4oESettings.pretraining_trainer:
+            return wanted
+        plain = ["plain"] if self.settings.where in ("decoder", "none") else []
+        return "_".join([wanted, *plain, *self.settings.size_tokens()])
+
     def check_stage(self, stage: Stage) -> None:
         """Phase 1 of the same modalities, or a model that ``add_modality`` has extended."""
         trainer = stage.trainer_name.split("_")[0]
@@ -161,11 +171,11 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
                 f"{', '.join(self.settings.modalities)}. Repeat the pre-training on this dataset, extend a trained "
                 "model with nnunet_diffext add_modality, or leave it out: token noMAE."
             )
-        if self.settings.freeze_old and trainer != self.base_name:
+        if self.settings.freeze_old and not _brings_a_modality(stage):
             raise StageError(
-                f"{stage.folder} is a pre-training, of which freezeOld would train next to nothing. It is for a model "
-                f"of nnunet_diffext add_modality: export nnUNet_diffext_{self.stage_name}=MODEL_FOLDER, or leave out "
-                "the token freezeOld."
+                f"{stage.folder} has no modality that is newer than the others; freezeOld would train next to nothing, "
+                "or what an old one uses. It is for a model of nnunet_diffext add_modality: export "
+                f"nnUNet_diffext_{self.stage_name}=MODEL_FOLDER, or leave out the token freezeOld."
             )
 
     def load_stage_weights(self) -> None:
@@ -264,6 +274,18 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         if self.usage.empty or self.local_rank > 0:
             return
         self._log("modality_told", self.usage.told)
-        for line in self.usage.starved():
-            self.print_to_log_file(f"WARNING: {line}")
+        for expert, line in self.usage.starved():
+            if expert not in self._starved:
+                self.print_to_log_file(f"WARNING: {line}")
+                self._starved |= {expert}
         self.usage.save(self.output_folder, self.current_epoch)
+
+
+def _brings_a_modality(stage: Stage) -> bool:
+    """Whether the last modality came later than all others, by :attr:`M4oENet.since`; not so in phase 1."""
+    since = stage.weights.get("since")
+    if since is None:
+        return False
+    count = len(stage.plans[PLANS_KEY][M4oETrainer.base_name]["modalities"])
+    *others, last = [*since[count:].tolist(), *since[:count].tolist()]
+    return last > max(others, default=last)

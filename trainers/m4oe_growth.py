@@ -22,6 +22,7 @@ from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.files import FINAL, new_folder
 from nnunet_diffext.networks.m4oe import extend_weights
 from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
+from nnunet_diffext.stages import differences
 from nnunet_diffext.trainers import find_trainer
 
 TRAINER = "M4oETrainer"
@@ -76,6 +77,7 @@ def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Se
     checkpoints = {fold: read_safely(model_folder / f"fold_{fold}" / FINAL) for fold in folds}
     configuration = model_folder.name.rpartition("__")[2]
     configuration = next(iter(checkpoints.values()))["init_args"]["configuration"] or configuration
+    _check_preprocessing(plans, name, configuration)
     old = _network(plans, old_json, configuration)
     new_plans = _larger(plans, name, new_json, old.experts + 1)
     new = _network(new_plans, new_json, configuration)
@@ -123,6 +125,25 @@ def _continues(
                 "Only the new modality may bring labels."
             )
     return cases.names[-1], tuple(new_labels[len(old_labels) :])
+
+
+def _check_preprocessing(plans: Mapping[str, Any], name: str, configuration: str) -> None:
+    """Raise ``ModalityError`` if the dataset does not have the plans of the model: its data would not fit."""
+    plans_name = plans["plans_name"]
+    file = preprocessed_folder(name) / f"{plans_name}.json"
+    if file.is_file():
+        here = load_json(file, "")
+        known = configuration in here["configurations"]
+        wrong = differences(plans, here, configuration) if known else f"{configuration} is missing"
+    else:
+        wrong = f"there is no {file}"
+    if wrong:
+        source, target = plans["dataset_name"], name
+        raise ModalityError(
+            f"{name} does not have the plans of the model: {wrong}. Give it those and preprocess it with them:\n"
+            f"  nnUNetv2_move_plans_between_datasets -s {source} -t {target} -sp {plans_name}\n"
+            f"  nnUNetv2_preprocess -d {target} -plans_name {plans_name} -c {configuration}"
+        )
 
 
 def _larger(plans: Mapping[str, Any], name: str, dataset_json: Mapping[str, Any], experts: int) -> dict[str, Any]:

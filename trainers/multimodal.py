@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunet_diffext.data.modalities import Modalities, modalities_of
-from nnunet_diffext.settings import PLANS_KEY, setting
+from nnunet_diffext.settings import PLANS_KEY, default_of, setting
 from nnunet_diffext.trainers.adam import AdamSettings
 from nnunet_diffext.trainers.base import DiffextTrainer
 from nnunet_diffext.trainers.configured import CUDA
+
+SIZE = ("embed_stride", "embed_dim", "stages", "depth", "window")
+"""Settings that both trainings must agree on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,12 @@ class SwinSettings(AdamSettings):
 
     def network_arguments(self) -> dict[str, Any]:
         """Of the Swin encoder, by name."""
-        names = ("embed_stride", "embed_dim", "stages", "depth", "window", "drop_path")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*SIZE, "drop_path")}
+
+    def size_tokens(self) -> list[str]:
+        """What a trainer's name needs for a network of the same size."""
+        sizes = [f for f in fields(self) if f.name in SIZE and getattr(self, f.name) != default_of(f)]
+        return [f.metadata["number"].replace("#", str(getattr(self, f.name))) for f in sizes]
 
 
 class MultimodalTrainer(DiffextTrainer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -32,7 +33,8 @@ class CaseScore:
     """Result of one case.
 
     Attributes:
-        metrics: label key -> metric -> value, calibration included where there are probabilities.
+        metrics: label key -> metric -> value, calibration included where there are probabilities. NaN for labels that
+            nobody looked for in the case.
         calibration: metric -> value, top-label; empty without probabilities.
         statistics: label key or `POOLED` -> statistics of the whole image and of the band.
         problem: why the probabilities could not be used, or empty.
@@ -54,11 +56,16 @@ def score_case(case: Case, task: Task, options: Options) -> CaseScore:
         ValueError: a file is damaged, no label map, or prediction and reference differ in shape or spacing.
     """
     prediction, reference, spacing, notes = _read_pair(case, task)
+    scored = {key: values for key, values in task.labels.items() if key not in case.unannotated}
+    hidden = [value for key in case.unannotated for value in task.labels[key]]
+    as_predicted = prediction
+    if not task.regions:  # background means "none of the labels that were looked for"
+        prediction = np.where(np.isin(prediction, hidden), 0, prediction)
     ignored = np.zeros(reference.shape, bool) if task.ignore_label is None else reference == task.ignore_label
     metrics = {}
     # nnU-Net gives 2D images a first axis of length 1 and a made-up spacing.
     flat = reference.shape[0] == 1
-    for key, values in task.labels.items():
+    for key, values in scored.items():
         masks = np.isin(prediction, values), np.isin(reference, values)
         counts = compute_tp_fp_fn_tn(masks[1], masks[0], ignored)
         pred, ref, ignore = (m[0] if flat else m for m in (*masks, ignored))
@@ -67,17 +74,39 @@ def score_case(case: Case, task: Task, options: Options) -> CaseScore:
         metrics[key] = {RENAMED.get(name, name): value for name, value in own.items()}
         metrics[key] |= {name: float(v) for name, v in zip(("TP", "FP", "FN", "TN"), counts, strict=True)}
         metrics[key] |= {"n_pred": float(tp + fp), "n_ref": float(tp + fn)}
+    blank = dict.fromkeys(next(iter(metrics.values())), math.nan)
+    metrics = {key: metrics.get(key, blank) for key in task.labels}
     if case.probabilities is None:
         return CaseScore(metrics, notes=notes)
     try:
         probabilities = read_probabilities(case.probabilities)
-        statistics = case_statistics(probabilities, prediction, reference, spacing, task, options)
+        known, part = without_unannotated(probabilities, task, case.unannotated)
+        statistics = case_statistics(known, prediction, reference, spacing, part, options)
     except ValueError as error:
         return CaseScore(metrics, problem=str(error), notes=notes)
-    notes += disagreement(probabilities, prediction, task, case.probabilities)
-    for key in metrics:
-        metrics[key] |= calibration_metrics(*statistics[key])
-    return CaseScore(metrics, calibration_metrics(*statistics[POOLED]), statistics, notes=notes)
+    notes += disagreement(probabilities, as_predicted, task, case.probabilities)
+    statistics = {key: pair for key, pair in statistics.items() if key not in case.unannotated}
+    pooled = calibration_metrics(*statistics[POOLED])
+    blank = dict.fromkeys(pooled, math.nan)
+    for key, values in metrics.items():
+        metrics[key] = values | (calibration_metrics(*statistics[key]) if key in statistics else blank)
+    return CaseScore(metrics, pooled, statistics, notes=notes)
+
+
+def without_unannotated(probabilities: np.ndarray, task: Task, unannotated: Sequence[str]) -> tuple[np.ndarray, Task]:
+    """Probabilities ``(K, *)`` and labels that a case can be compared on: where nobody looked for a label, background
+    means "none of the others". Regions that nobody looked for are left out.
+    """
+    channels = [task.channels[key] for key in unannotated]
+    if not channels or max(channels) >= len(probabilities):
+        return probabilities, task
+    if task.regions:
+        known = {key: values for key, values in task.labels.items() if key not in unannotated}
+        return np.delete(probabilities, channels, axis=0), replace(task, labels=known)
+    merged = probabilities.copy()
+    merged[0] += merged[channels].sum(0)
+    merged[channels] = 0
+    return merged, task
 
 
 def disagreement(probabilities: np.ndarray, prediction: np.ndarray, task: Task, file: Path) -> tuple[str, ...]:

@@ -67,17 +67,20 @@ class ExpertUsage:
         """``(modalities, layers, M)``, NaN for modalities without samples."""
         return self._sums / self._counts.view(-1, 1, 1)
 
-    def starved(self) -> Iterator[str]:
-        """Experts that hardly anything reaches in most layers, in words."""
+    def starved(self) -> Iterator[tuple[int, str]]:
+        """Experts that hardly anything of any modality reaches in most layers: which, and the same in words.
+
+        The expert of a rare modality is not one of them as long as that modality uses it.
+        """
         if self.empty:
             return
-        overall = self._sums.sum(0) / self._counts.sum()  # (layers, M)
+        highest = self.mean()[self._counts > 0].amax(0)  # (layers, M)
         least = STARVED / self.experts
         for m in range(self.experts):
-            layers = int((overall[:, m] < least).sum())
+            layers = int((highest[:, m] < least).sum())
             if 2 * layers > len(self.layers):
                 of = f" (of {self.modalities[m]})" if m < len(self.modalities) else ""
-                yield (
+                yield m, (
                     f"expert {m}{of} gets less than {least:.1%} of the weight in {layers} of {len(self.layers)} layers "
                     "and learns next to nothing; the token balance0p01 spreads the load."
                 )

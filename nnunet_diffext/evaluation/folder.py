@@ -52,6 +52,10 @@ class Evaluation:
     def remarks(self) -> list[str]:
         """Lines about what is no error but should be known."""
         lines = [f"{case}: {note}" for case, notes in self.notes.items() for note in notes]
+        partly = self.report["not_annotated"]
+        if partly:
+            names = sorted({name for case in partly.values() for name in case})
+            lines.append(f"{len(partly)} case(s) are without scores of labels not annotated there: {', '.join(names)}")
         without = self.report.get("calibration", {}).get("cases_without_probabilities", [])
         if without:
             lines.append(f"calibration is without {len(without)} case(s) that lack probabilities: {' '.join(without)}")
@@ -164,6 +168,11 @@ def _report(cases: Sequence[Case], task: Task, options: Options, scored: _Scores
         "foreground_mean": mean_of(mean.values()),
         "counts": {key: _counts([row["metrics"][key] for row in rows]) for key in task.labels},
         "labels": dict(task.names),
+        "not_annotated": {
+            case.name: [task.names[key] for key in case.unannotated]
+            for case in cases
+            if case.unannotated and case.name in scored.scores
+        },
         "implementation": implementation(options.nsd_tolerance),
         "options": options.as_dict() | {"ignore_label": task.ignore_label, "regions": task.regions},
     }
@@ -213,9 +222,9 @@ def _counts(rows: Sequence[Mapping[str, float]]) -> dict[str, int]:
     """How many cases each mean leaves out, by the empty-mask policy."""
     both_empty = sum(row["n_pred"] == row["n_ref"] == 0 for row in rows)
     reference_empty = sum(row["n_ref"] == 0 for row in rows)
-    surface_undefined = sum((row["n_pred"] == 0) != (row["n_ref"] == 0) for row in rows)
+    surface_undefined = sum((row["n_pred"] == 0) != (row["n_ref"] == 0) for row in rows)  # not of NaN and NaN
     return {
-        "cases": len(rows),
+        "cases": sum(not math.isnan(row["n_ref"]) for row in rows),
         "both_empty": both_empty,
         "surface_undefined": surface_undefined,
         "reference_empty": reference_empty,

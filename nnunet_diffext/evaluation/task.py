@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nnunet_diffext.data.dataset import load_json
+from nnunet_diffext.data.modalities import modalities_of
 from nnunet_diffext.evaluation.calibration import BINS
 from nnunet_diffext.evaluation.surface import NSD_TOLERANCE_MM
 
@@ -57,6 +58,7 @@ class Task:
         ignore_label: value in the reference that means "not annotated".
         file_ending: of segmentations, with the dot.
         reader: nnU-Net's reader class; probabilities are stored in the order of its arrays.
+        unannotated: case -> keys that nobody looked for in it, by ``dataset.json["diffext"]``.
     """
 
     labels: Mapping[str, tuple[int, ...]]
@@ -65,6 +67,7 @@ class Task:
     ignore_label: int | None
     file_ending: str
     reader: type
+    unannotated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -74,12 +77,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Case:
-    """Files of one case; ``probabilities`` is None if there are none."""
+    """Files of one case; ``probabilities`` is None if there are none. ``unannotated``: keys that are not scored."""
 
     name: str
     prediction: Path
     reference: Path
     probabilities: Path | None = None
+    unannotated: tuple[str, ...] = ()
 
 
 def find_dataset_json(pred_dir: Path) -> Path:
@@ -125,10 +129,21 @@ def load_task(dataset_json: Path, plans: Path | None = None) -> Task:
             manager = plans_manager.get_label_manager(content)
             reader = plans_manager.image_reader_writer_class
         labels, names = _labels(content["labels"], manager)
-        return Task(labels, names, manager.has_regions, manager.ignore_label, content["file_ending"], reader)
+        parts = manager.has_regions, manager.ignore_label, content["file_ending"], reader
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         files = dataset_json if plans is None else f"{dataset_json} and {plans}"
         raise ValueError(f"nnU-Net cannot use {files}: {type(error).__name__}: {error}") from error
+    return Task(labels, names, *parts, _unannotated(content, labels))
+
+
+def _unannotated(content: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Case -> keys that nobody looked for in it."""
+    cases = modalities_of(content)
+    result = {}
+    for case in cases.of_case:
+        known = cases.annotated(case)[-len(labels) :]  # without the background
+        result[case] = tuple(key for key, annotated in zip(labels, known, strict=True) if not annotated)
+    return result
 
 
 def _labels(declared: Mapping[str, Any], manager: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -160,5 +175,5 @@ def find_cases(pred_dir: Path, gt_dir: Path, task: Task) -> tuple[list[Case], li
     for name in predicted:
         npz = pred_dir / f"{name}.npz"
         files = pred_dir / (name + task.file_ending), gt_dir / (name + task.file_ending)
-        cases.append(Case(name, *files, npz if npz.is_file() else None))
+        cases.append(Case(name, *files, npz if npz.is_file() else None, task.unannotated.get(name, ())))
     return cases, sorted(names(gt_dir) - set(predicted))

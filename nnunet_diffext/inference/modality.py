@@ -14,7 +14,7 @@ def set_modality(nnunet: Any, name: str) -> None:
         nnunet: nnU-Net's predictor, with its model loaded.
         name: of a modality.
     Raises:
-        ValueError: no M4oE model, or it does not know the modality.
+        ValueError: no M4oE model, or it does not know the modality, or was never trained on it.
     """
     network = getattr(nnunet.network, "_orig_mod", nnunet.network)
     known = getattr(network, "modalities", None)
@@ -22,4 +22,10 @@ def set_modality(nnunet: Any, name: str) -> None:
         raise ValueError(f"--modality: this model knows of no modalities; {TRAINER} trains one that does.")
     if name not in known:
         raise ValueError(f"--modality {name}: this model knows {', '.join(known)}.")
-    network.modality = known.index(name)
+    index = known.index(name)
+    if not network.active[index]:
+        raise ValueError(
+            f"--modality {name}: the model has an expert and a head for {name}, but was never trained on it. Train it "
+            "with the command that nnunet_diffext add_modality printed, and predict with the model that this makes."
+        )
+    network.modality = index

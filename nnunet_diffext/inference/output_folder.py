@@ -13,6 +13,8 @@ from nnunet_diffext.inference.predictor import Predictor
 from nnunet_diffext.inference.quality import QualityTable
 
 ARGUMENTS = "predict_from_raw_data_args.json"
+TOLD = ("modality", "prompt")
+"""Arguments that change what a model answers, beside the settings of every prediction."""
 
 
 def prepare_folder(
@@ -37,7 +39,8 @@ def prepare_folder(
     except OSError as error:
         why = error.strerror or error
         raise ValueError(f"Cannot write to the output folder {folder} ({why}). Choose another -o.") from error
-    settings = {**predictor.settings.as_dict(), "temperature": predictor.temperature}
+    told = {key: arguments.get(key) for key in TOLD}
+    settings = {**predictor.settings.as_dict(), "temperature": predictor.temperature, **told}
     file = folder / ARGUMENTS
     if continue_prediction and file.is_file():
         before = _settings_of(file)

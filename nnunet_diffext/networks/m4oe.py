@@ -36,7 +36,8 @@ class M4oENet(nn.Module):
     """Swin U-Net with experts (eq. 1-3) and a head per modality. Expert m is that of modality m; further ones are free.
 
     In training the modality of every sample is given. For prediction it may be set as the attribute ``modality`` (an
-    index); otherwise the gates of the encoder tell, and the heads are mixed.
+    index); otherwise it is the one that the gates of the encoder tell. If the encoder has no gates over experts, every
+    label is asked of all modalities that have it.
 
     Which experts a sample may use is in the buffers ``active`` ``(M,)`` and ``since`` ``(M,)``: only active ones, and a
     sample of known modality m only those that did not come after its own (``since[e] <= since[m]``). What is predicted
@@ -120,7 +121,9 @@ class M4oENet(nn.Module):
         tokens, encoder_gates, _ = self._run(image, modality)
         if modality is not None:
             return self.head.log_probabilities(tokens, modality)
-        return self.head.mixture(tokens, self._told(encoder_gates, len(image)))
+        if encoder_gates:
+            return self.head.guessed(tokens, self._told(encoder_gates, len(image)).argmax(1))
+        return self.head.union(tokens, self.active[: len(self.modalities)])
 
     @torch.no_grad()
     def modality_probabilities(self, image: Tensor) -> Tensor:

@@ -137,22 +137,52 @@ def test_known_modality() -> None:
     assert net(x)[:, [1, 3]].max() < -30, "MR has neither"
 
 
-def test_unknown_modality_is_a_mixture() -> None:
-    """``P(c|x) = sum_m P(m|x) P_m(c|x)``; with a sure gate it is the known modality."""
-    net, x = make_net(), images()
-    share = net.modality_probabilities(x)
-    assert share.shape == (3, 2) and (share[:, 0] - 0.5).abs().min() > 1e-3
-    torch.testing.assert_close(share.sum(1), torch.ones(3))
-    heads = torch.stack([net(x, modality=torch.full((3,), m)).softmax(1) for m in range(2)], dim=1)
-    torch.testing.assert_close(net(x).softmax(1), (share.view(3, 2, 1, 1, 1) * heads).sum(1), atol=1e-6, rtol=1e-4)
+def sure_of(net: M4oENet, m: int) -> None:
+    """Let every token of the encoder prefer expert ``m``, just so."""
     with torch.no_grad():
         for name, p in net.encoder.named_parameters():
+            if ".gate." in name:
+                p.zero_()
             if name.endswith("gate.bias"):
-                p[1] = 1e30
-    unknown = net(x)
-    torch.testing.assert_close(net.modality_probabilities(x), torch.tensor([[0.0, 1.0]]).expand(3, -1))
-    net.modality = 1
-    torch.testing.assert_close(unknown.softmax(1), net(x).softmax(1), atol=1e-5, rtol=1e-4)
+                p[m] = 0.1
+
+
+def test_unknown_modality_is_what_the_gates_tell() -> None:
+    """However unsure they are: a label that one modality has must not be voted down by the background of others."""
+    net, x = make_net(), images()
+    for m in range(2):
+        sure_of(net, m)
+        assert 0.5 < net.modality_probabilities(x)[:, m].min() < 0.6
+        net.modality = None
+        unknown = net(x)
+        net.modality = m
+        torch.testing.assert_close(unknown.softmax(1), net(x).softmax(1), atol=1e-6, rtol=1e-4)
+    net.modality = None
+    mixed = net(torch.cat([x, x]))
+    torch.testing.assert_close(mixed[: len(x)], net(x))
+
+
+def certain_of(net: M4oENet, m: int, label: int) -> None:
+    """Let modality ``m`` find one of its labels everywhere, whatever the image."""
+    with torch.no_grad():
+        net.head.seg_layers[m].weight.zero_()
+        net.head.seg_layers[m].bias.fill_(-20.0)
+        net.head.seg_layers[m].bias[net.head.classes[m].index(label)] = 20.0
+
+
+def test_without_gates_every_label_is_asked_of_those_who_have_it() -> None:
+    """Not of the others, whose background is no evidence against it."""
+    both = {"CT": (True, True, True), "MR": (True, False, True)}
+    net, x = make_net(modalities=both, where="none"), images()
+    certain_of(net, 0, 1)
+    certain_of(net, 1, 0)
+    assert net(x).softmax(1)[:, 1].min() > 0.999
+    certain_of(net, 0, 2)
+    torch.testing.assert_close(net(x).softmax(1)[:, 2], torch.full((3, *x.shape[2:]), 0.5))
+    certain_of(net, 0, 1)
+    certain_of(net, 1, 2)  # more than there is room for
+    p = net(x).softmax(1)
+    torch.testing.assert_close(p[:, 1], 2 * p[:, 2])
 
 
 def test_where_nothing_tells_the_modality() -> None:
@@ -232,3 +262,15 @@ def test_shapes_do_not_depend_on_data(gate: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = net(torch.empty(3, 1, 16, 24), modality=torch.zeros(3, dtype=torch.long))
     assert isinstance(out.logits, FakeTensor) and out.logits.shape == (3, 4, 16, 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"top1": True}])
+def test_it_compiles_as_one_graph(options: dict[str, Any]) -> None:
+    """In training, and at prediction with and without the modality."""
+    torch._dynamo.reset()
+    net, x = make_net(**options), images()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+    torch.testing.assert_close(compiled(x, modality=MODALITY), net(x, modality=MODALITY))
+    logits = compiled.train()(x, modality=MODALITY).logits
+    torch.testing.assert_close(logits, net(x, modality=MODALITY).logits)

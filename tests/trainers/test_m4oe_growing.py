@@ -35,6 +35,7 @@ def alone(nnunet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> I
     folder = nnunet_folders["nnUNet_preprocessed"] / MORE
     (folder / "nnUNetPlans_tiny").mkdir(parents=True)
     (folder / "nnUNetPlans_tiny" / "us_0.b2nd").touch()
+    (folder / "nnUNetPlans.json").write_text(json.dumps(make_plans("2d")))
     write(NEW_LABELS, THREE)
     yield
 
@@ -209,6 +210,19 @@ def test_datasets_that_do_not_continue_the_model(
     folder, _ = trained()
     write(labels, diffext)
     with pytest.raises(ModalityError, match=message):
+        grown(folder, tmp_path)
+    assert not (tmp_path / "larger").exists()
+
+
+def test_dataset_with_plans_of_its_own(tmp_path: Path, nnunet_folders: dict[str, Path]) -> None:
+    """What ``nnUNetv2_plan_and_preprocess`` makes of it: reported before a model is written that nothing can train."""
+    folder, _ = trained()
+    file = nnunet_folders["nnUNet_preprocessed"] / MORE / "nnUNetPlans.json"
+    file.write_text(json.dumps(make_plans("2d-shallow")))
+    with pytest.raises(ModalityError, match="patch_size differ .*\n  nnUNetv2_move_plans_between_datasets -s .* -t "):
+        grown(folder, tmp_path)
+    file.unlink()
+    with pytest.raises(ModalityError, match="there is no .*nnUNetPlans.json"):
         grown(folder, tmp_path)
     assert not (tmp_path / "larger").exists()
 

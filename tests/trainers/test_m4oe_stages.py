@@ -126,13 +126,26 @@ def test_experts_that_phase_1_does_not_have(diffext: Any, monkeypatch: pytest.Mo
 
 
 # ------------------------------------------------------------------ what is refused
-def test_without_phase_1() -> None:
-    """The command that makes it, and nothing has been built."""
-    trainer = trainer_of(mae=True)
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [
+        ("", f"{PRETRAIN}_dim8_window3"),
+        ("decoderOnly", f"{PRETRAIN}_plain_dim8_window3"),
+        ("woMoE_depth1", f"{PRETRAIN}_plain_dim8_depth1_window3"),
+        ("patch1_stages2", f"{PRETRAIN}_patch1_dim8_stages2_window3"),
+    ],
+)
+def test_without_phase_1(tokens: str, wanted: str) -> None:
+    """The command that makes it, and nothing has been built. What it makes fits."""
+    trainer = trainer_of(tokens, mae=True)
     with pytest.raises(StageError) as caught:
         trainer.initialize()
-    assert f"nnUNetv2_train Dataset999_Tiny 2d 0 -tr {PRETRAIN} -p nnUNetPlans" in str(caught.value)
+    assert f"nnUNetv2_train Dataset999_Tiny 2d 0 -tr {wanted} -p nnUNetPlans" in str(caught.value)
     assert trainer.network is None
+    finish(ready_trainer(wanted.removeprefix(f"{PRETRAIN}_"), base=PRETRAIN, labels=LABELS, diffext=TWO))
+    again = trainer_of(tokens, mae=True)
+    again.initialize()
+    assert again.settings.pretraining_trainer == wanted
 
 
 def test_phase_1_of_other_modalities(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +172,11 @@ def test_networks_of_other_sizes(tokens: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_freezing_needs_a_model_with_a_new_modality(monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain("", monkeypatch)
-    refused(
-        "is a pre-training, of which freezeOld would train next to nothing.*nnunet_diffext add_modality", "freezeOld"
-    )
+    message = "has no modality that is newer than the others.*nnunet_diffext add_modality"
+    refused(message, "freezeOld")
+    ordinary = finish(ready())
+    monkeypatch.setenv("nnUNet_diffext_pretraining", str(ordinary))
+    refused(message, "freezeOld")
 
 
 # ------------------------------------------------------------------ continued

@@ -52,18 +52,35 @@ class DynamicHead(nn.Module):
 
         return self._select(tokens, modality, read, _ABSENT_LOG)
 
-    def mixture(self, tokens: Tensor, share: Tensor) -> Tensor:
-        """``log sum_m P(m | x) P_m(c | x)`` ``(B, K, *patch)``, for samples of unknown modality.
+    def guessed(self, tokens: Tensor, modality: Tensor) -> Tensor:
+        """The same where the modality is a guess, which excludes nothing: tiles that guess differently weigh the same
+        when nnU-Net averages them.
+        """
+        return self.label_space.log_probabilities(
+            self._select(tokens, modality, self.label_space.probabilities, absent=0.0)
+        )
+
+    def union(self, tokens: Tensor, asked: Tensor) -> Tensor:
+        """Log-probabilities ``(B, K, *patch)`` where nothing tells the modality: of all labels that anybody knows.
+
+        For every label the mean of the modalities that have it: the background of the others says nothing about it.
+        What the labels leave is background.
 
         Args:
             tokens: ``(B, *patch, width)``.
-            share: ``P(m | x)``, ``(B, modalities)``.
+            asked: which modalities count, bool ``(modalities,)``.
         """
-        total: Tensor | float = 0.0
-        for m, weight in enumerate(share.unbind(1)):
+        total, heads = torch.tensor(0.0), torch.zeros(self.label_space.num_heads, device=tokens.device)
+        for m, counts in enumerate(asked.float().unbind()):
             own = self.label_space.probabilities(self._own(tokens, m))
-            total = total + weight.view(-1, *(1,) * (own.ndim - 1)) * self._spread(own, m, 0.0)
-        return self.label_space.log_probabilities(total)
+            total = total + counts * self._spread(own, m, 0.0)
+            heads = heads + counts * self._spread(heads.new_ones(1, len(self.classes[m])), m, 0.0)[0]
+        mean = total / heads.clamp_min(1).view(-1, *(1,) * (total.ndim - 2))
+        if not self.label_space.regions:
+            foreground = mean[:, 1:]
+            mean = torch.cat([(1 - foreground.sum(1, keepdim=True)).clamp_min(0), foreground], dim=1)
+            mean = mean / mean.sum(1, keepdim=True)
+        return self.label_space.log_probabilities(mean)
 
     def _own(self, tokens: Tensor, m: int) -> Tensor:
         """Logits ``(B, C_m, *patch)`` of modality m's classes."""
