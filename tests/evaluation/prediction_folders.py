@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
+
+from nnunet_diffext.evaluation.folder import Evaluation, evaluate_predictions
+from nnunet_diffext.evaluation.task import OUTPUTS
 
 SPACING = (3.0, 1.0, 0.5)
 SHAPE = (8, 14, 16)
@@ -68,3 +72,13 @@ def make_folders(
         if npz:
             np.savez_compressed(pred / f"case_{index}.npz", probabilities=p)
     return pred, gt
+
+
+def evaluate(pred: Path, gt: Path, **keywords: Any) -> Evaluation:
+    """In this process."""
+    return evaluate_predictions(pred, gt, num_processes=1, **keywords)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary_diffext.json, which must be strict JSON."""
+    return json.loads((folder / OUTPUTS[0]).read_text(), parse_constant=pytest.fail)
