@@ -16,6 +16,7 @@ from nnunet_diffext.diffusion.residual import literal_eq10_marginal
 from nnunet_diffext.diffusion.schedules import autocast_off
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.guided import ContextUNet, StepUNet, SupervisionHeads
+from nnunet_diffext.networks.blocks.norm import LayerNorm
 from nnunet_diffext.networks.diffusion_net import DiffusionNet
 from nnunet_diffext.networks.sampling import READOUTS, Sampling, draw, project, soften
 
@@ -111,7 +112,8 @@ class PGRDNet(DiffusionNet):
         self.eq10 = literal_eq10_marginal(self.schedule) if literal_eq10 else None
         self.prior = prior.eval().requires_grad_(False) if prior is not None else None
         context_plan = architecture.lighter(context_width)
-        step_plan = architecture.lighter(step_width, convolutions=1)
+        # instance norm would remove what the noise of a whole object amounts to
+        step_plan = architecture.lighter(step_width, convolutions=1).with_norm(LayerNorm)
         known = image_channels + (k if prior is not None else 0)
         self.context_net = ContextUNet(context_plan, known, k)
         self.step_net = StepUNet(step_plan, k, context_plan.features)
@@ -151,7 +153,7 @@ class PGRDNet(DiffusionNet):
         u_t = self.noised(u0, noise, t)
         prediction, features = self.denoise(context, u_t, t)
         wanted = target(self.kind, u0, noise, t, self.schedule)
-        return PGRDOutput(prediction, wanted, t, self.head_logits(context, features))
+        return PGRDOutput(prediction, wanted, t, self.head_logits(context, features, t))
 
     def noised(self, u0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 7 in centred variables."""
@@ -199,15 +201,17 @@ class PGRDNet(DiffusionNet):
             prediction = factors.skip * u_t.float() + factors.out * out.logits.float() + factors.mean * context.mean
         return prediction, out.features
 
-    def head_logits(self, context: Context, features: Sequence[Tensor], levels: int | None = None) -> list[Tensor]:
-        """``psi / tau`` of eq. 6, finest first. psi corrects the prior's own logits."""
+    def head_logits(
+        self, context: Context, features: Sequence[Tensor], t: Tensor, levels: int | None = None
+    ) -> list[Tensor]:
+        """``psi / tau`` of eq. 6 at ``t`` ``(B,)``, finest first. psi corrects the prior's own logits."""
         if self.heads is None:
             return []
         prior = None
         if context.prior is not None:
             sizes = [f.shape[2:] for f in features[: levels or len(self.heads.seg_layers)]]
             prior = [self.prior_logits(self.pool(context.prior, size)) for size in sizes]
-        return [p / self.tau for p in self.heads(features, context.features, prior)]
+        return [p / self.tau for p in self.heads(features, context.features, t, prior)]
 
     # ------------------------------------------------------------------ prediction
     def known(self, image: Tensor) -> Context:
@@ -216,17 +220,19 @@ class PGRDNet(DiffusionNet):
 
     def draw_probabilities(self, known: Context, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
         """See :class:`DiffusionNet`. One step gives the posterior mean."""
-        last: list[Tensor] = []
+        last: tuple[list[Tensor], Tensor]
 
         def model(u_t: Tensor, t: Tensor) -> Tensor:
-            prediction, last[:] = self.denoise(known, u_t, t)
+            nonlocal last
+            prediction, features = self.denoise(known, u_t, t)
+            last = features, t
             return prediction
 
         centre = None if known.prior is None else known.prior / self.kappa
         how = {"power": self.step_power, "kind": self.kind, "centre": centre}
         u0 = draw(model, noise, self.schedule, steps, sampler, seed, **how)
         if self.readout == "heads":
-            return self.label_space.probabilities(self.head_logits(known, last, levels=1)[0])
+            return self.label_space.probabilities(self.head_logits(known, *last, levels=1)[0])
         estimate = self.kappa * u0 if known.prior is None else known.prior + self.kappa * u0
         return self.read_out(estimate)
 

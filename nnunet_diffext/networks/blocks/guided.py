@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.networks.architecture import Architecture
+from nnunet_diffext.networks.blocks.patches import to_channels, to_grid
 from nnunet_diffext.networks.blocks.time import FiLM, TimeEmbedding
 from nnunet_diffext.networks.unet import UNetBackbone, UNetOutput
 
@@ -21,10 +23,16 @@ class ContextUNet(UNetBackbone):
 
 
 class StepUNet(UNetBackbone):
-    """Light U-Net on the noisy state; the context is added to every encoder level, the timestep modulates every stage.
+    """Light U-Net on the noisy state, run at every step; guided by the context's features and the timestep.
+
+    Its convolutions start at the planned second stage, where blocks of voxels are channels ("simple diffusion",
+    Hoogeboom et al. 2023). What a voxel's own noise says does not fit through there and goes around it, voxel by voxel.
+    The noise enters multiplied with the context's finest features: the best evidence for an object of known place and
+    unknown presence is the sum of the noisy state over its voxels, a product that convolutions and sums of features
+    hardly learn.
 
     Args:
-        architecture: of this network.
+        architecture: of this network, with the finest stage, whose width the layers of single voxels have.
         channels: of the noisy state and of the output, K.
         context_channels: of the context's features at every level, finest first.
         time_channels: width of the time embedding.
@@ -33,18 +41,26 @@ class StepUNet(UNetBackbone):
     def __init__(
         self, architecture: Architecture, channels: int, context_channels: Sequence[int], time_channels: int = 64
     ) -> None:
-        super().__init__(architecture, channels, channels)
-        features = architecture.features
+        level = min(1, len(architecture.features) - 2)  # of two stages, none can be left out
+        block = architecture.stride_of(level)
+        finest, features = architecture.features[0], architecture.features[level:]
+        voxels = math.prod(block)
+        super().__init__(architecture.below(level), finest * voxels, finest * voxels)
+        self.block, self.level = block, level
         self.time_embedding = TimeEmbedding(time_channels)
         self.encoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features)
         self.decoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features[-2::-1])
-        self.guides = nn.ModuleList(
-            architecture.conv_op(c, f, 1) for c, f in zip(context_channels, features, strict=True)
-        )
+        conv = architecture.conv_op
+        self.guides = nn.ModuleList(conv(c, f, 1) for c, f in zip(context_channels[level:], features, strict=True))
+        self.fine_guide = conv(context_channels[0], finest, 1)
+        self.fine_in, self.fine_skip = conv(channels, finest, 1), conv(finest, finest, 1)
+        self.fine_films = nn.ModuleList(FiLM(time_channels, finest) for _ in range(2))
+        self.head = conv(finest, channels, 1)
 
     def guidance(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The context's features, projected to this network's width; the same for every step."""
-        return [guide(f) for guide, f in zip(self.guides, features, strict=True)]
+        coarse = [guide(f) for guide, f in zip(self.guides, features[self.level :], strict=True)]
+        return [self.fine_guide(features[0]), *coarse]
 
     def encoder_stage(self, level: int, x: Tensor, condition: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
         embedding, guidance = condition
@@ -55,15 +71,24 @@ class StepUNet(UNetBackbone):
 
     def forward(self, noisy: Tensor, t: Tensor, guidance: Sequence[Tensor]) -> UNetOutput:
         """``noisy``: ``(B, K, *patch)``, ``t``: ``(B,)``, ``guidance``: see :meth:`guidance`."""
-        return self.run(noisy, (self.time_embedding(t), guidance))
+        embedding = self.time_embedding(t)
+        place, *coarse = guidance
+        own = self.fine_in(noisy)
+        blocks = to_channels((own * place).movedim(1, -1), self.block).movedim(-1, 1)
+        out = self.run(blocks, (embedding, coarse))
+        together = to_grid(out.logits.movedim(1, -1), self.block).movedim(-1, 1)
+        alone = self.fine_films[0](own + place, embedding)
+        fine = self.fine_films[1](together + self.fine_skip(alone), embedding)
+        return UNetOutput(self.head(fine), [fine, *out.features[1 - self.level :]], out.encoder, [])
 
 
 class SupervisionHeads(nn.Module):
     """Deep diffusion supervision (PGRD, eq. 6): logits at several levels.
 
-    Around a prior, ``logits = exp(s) * prior's logits + correction``: a temperature for every voxel (Ding et al., ICCV
-    2021) and a correction. Both start at zero, hence at the prior itself. Features behind instance norms could hardly
-    express a factor on the prior's logits. Time enters through the step network's modulated features.
+    A head has a hidden layer, modulated by the timestep: how far to trust the prior depends on how much of the noise
+    is left. Around a prior, ``logits = exp(s) * prior's logits + correction``: a temperature for every voxel (Ding et
+    al., ICCV 2021) and a correction. Both start at zero, hence at the prior itself. Features behind instance norms
+    could hardly express a factor on the prior's logits.
 
     Args:
         architecture: of the step network.
@@ -71,6 +96,7 @@ class SupervisionHeads(nn.Module):
         num_classes: K.
         levels: how many, from the finest on.
         around_prior: with the temperature.
+        time_channels: width of the time embedding.
     """
 
     def __init__(
@@ -80,28 +106,36 @@ class SupervisionHeads(nn.Module):
         num_classes: int,
         levels: int,
         around_prior: bool,
+        time_channels: int = 64,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.seg_layers = nn.ModuleList(
-            architecture.conv_op(f + c, num_classes + around_prior, 1)
-            for f, c in list(zip(architecture.features, context_channels, strict=True))[:levels]
-        )
+        conv = architecture.conv_op
+        widths = [f + c for f, c in zip(architecture.features, context_channels, strict=True)][:levels]
+        self.time_embedding = TimeEmbedding(time_channels)
+        self.hidden = nn.ModuleList(conv(width, width, 1) for width in widths)
+        self.films = nn.ModuleList(FiLM(time_channels, width) for width in widths)
+        self.seg_layers = nn.ModuleList(conv(width, num_classes + around_prior, 1) for width in widths)
         for layer in self.seg_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self, step: Sequence[Tensor], context: Sequence[Tensor], prior: Sequence[Tensor] | None = None
+        self, step: Sequence[Tensor], context: Sequence[Tensor], t: Tensor, prior: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         """Logits ``(B, K, *level)`` in float32, finest first, for as many levels as ``prior`` has (default: all).
 
         Args:
             step, context: features of every level, finest first.
+            t: ``(B,)``.
             prior: the prior's logits ``(B, K, *level)``; ``None`` without one.
         """
         count = len(self.seg_layers) if prior is None else len(prior)
-        out = [self.seg_layers[i](torch.cat([step[i], context[i]], dim=1)).float() for i in range(count)]
+        embedding = self.time_embedding(t)
+        out = []
+        for level in range(count):
+            hidden = self.hidden[level](torch.cat([step[level], context[level]], dim=1))
+            out.append(self.seg_layers[level](self.films[level](hidden, embedding)).float())
         if prior is None:
             return out
         k = self.num_classes
