@@ -199,3 +199,25 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
 def dice(a: Tensor, b: Tensor) -> float:
     """Dice of two boolean masks."""
     return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+@torch.no_grad()
+def check_extreme_images(net: nn.Module, image: Tensor) -> None:
+    """nnU-Net sums Gaussian-weighted logits in half precision: of constant and of huge patches as well.
+
+    Args:
+        net: in eval mode.
+        image: ``(B, C, *patch)`` with at least 3 samples.
+    """
+    image = image.clone()
+    image[0], image[1], image[2] = 0, 1e4, 1e4 * image[2]
+    out = net(image)
+    assert torch.isfinite(out).all() and out.abs().max() < 800
+
+
+@torch.no_grad()
+def check_cases_are_independent(net: nn.Module, image: Tensor) -> None:
+    """What is predicted for a case does not depend on its batch, but on the case (METHODS 3.5-5)."""
+    p, alone = net.probabilities(image), net.probabilities(image[1:2])
+    torch.testing.assert_close(p[1:2], alone, atol=1e-4, rtol=0)
+    assert (p[0] - p[1]).abs().max() > 1e-3, "every case looks the same"
