@@ -68,9 +68,10 @@ class PGRDNet(DiffusionNet):
         tau_out: see ``readout``.
         hard_prior: the prior's one-hot decision instead of its probabilities.
         terminal_share: share of the training samples at t = T - 1, where a one-step prediction is made; the others are
-            uniform in t.
+            where samples take their steps.
         literal_eq10: train on the process of eq. 10 at its word (a curiosity).
-        step_power: spacing of the steps, see :func:`~nnunet_diffext.diffusion.trailing_timesteps`.
+        step_power: spacing of the steps, in training and in samples, see
+            :func:`~nnunet_diffext.diffusion.trailing_timesteps`.
         sampling: of :meth:`forward` in eval mode.
     """
 
@@ -154,6 +155,15 @@ class PGRDNet(DiffusionNet):
         prediction, features = self.denoise(context, u_t, t)
         wanted = target(self.kind, u0, noise, t, self.schedule)
         return PGRDOutput(prediction, wanted, t, self.head_logits(context, features, t))
+
+    def random_timesteps(self, count: int, device: torch.device) -> Tensor:
+        """``(count,)``: as dense as the steps of a sample, ``T (1 - r^step_power)`` with r uniform; and T - 1 with
+        probability ``terminal_share``.
+        """
+        last = self.schedule.timesteps - 1
+        spaced = self.schedule.timesteps * (1 - torch.rand(count, device=device) ** self.step_power)
+        t = spaced.long().clamp(max=last)
+        return t.masked_fill(torch.rand(count, device=device) < self.terminal_share, last)
 
     def noised(self, u0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 7 in centred variables."""

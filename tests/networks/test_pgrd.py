@@ -12,6 +12,7 @@ from tiny import make_plans
 from tiny_pgrd import FLAT, image_of, make_net, noise_of, onehot_of, shaken
 from torch import Tensor
 
+from nnunet_diffext.diffusion import trailing_timesteps
 from nnunet_diffext.networks.pgrd import PGRDNet
 from nnunet_diffext.networks.sampling import Sampling
 from nnunet_diffext.trainers import find_trainer
@@ -143,8 +144,7 @@ def test_training_state_is_eq7() -> None:
     torch.manual_seed(3)
     out = net(image, clean=clean)
     torch.manual_seed(3)
-    t = torch.randint(1000, (16,))
-    torch.rand(16)
+    t = net.random_timesteps(16, image.device)
     eps = torch.randn(clean.shape)
     ((u_t, seen_t),) = seen
     assert torch.equal(seen_t, t) and torch.equal(out.t, t)
@@ -186,6 +186,18 @@ def test_share_of_the_last_t(share: float) -> None:
     assert float((t == 999).float().mean()) == pytest.approx(last, abs=4 * (last / 20_000) ** 0.5)
     if share < 1:
         assert float(t[t < 999].float().mean()) == pytest.approx(499, abs=12)
+
+
+def test_training_times_are_those_of_samples() -> None:
+    """A quarter of them in every one of four steps, however these are spaced."""
+    torch.manual_seed(0)
+    for power in (1.0, 3.0):
+        net = make_net(terminal_share=0.0, step_power=power)
+        t = net.random_timesteps(20_000, torch.device("cpu"))
+        assert t.min() >= 0 and t.max() == 999
+        steps = torch.tensor(trailing_timesteps(1000, 4, power) + [-1]).flip(0)
+        share = torch.histogram(t.double(), steps.double() + 0.5).hist / len(t)
+        torch.testing.assert_close(share, torch.full((4,), 0.25).double(), atol=0.02, rtol=0)
 
 
 def test_heads_of_all_levels() -> None:
