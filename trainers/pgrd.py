@@ -91,7 +91,8 @@ class PGRDSettings(DiffusionSettings):
     tau_out: float = setting(0.1, "temperature of the softmax read-out", number="tauout#", minimum=1e-3)
     step_power: float = setting(
         3.0, "the k-th of S steps starts at T (1 - (k/S)^power): 1 is evenly spaced, larger is denser near T, where it "
-        "is decided which structures there are; training times are as dense", number="power#", switches={"evenSteps": 1.0}, minimum=1,
+        "is decided which structures there are; training times are as dense",
+        number="power#", switches={"evenSteps": 1.0}, minimum=1,
     )  # fmt: skip
     sampler: str = setting(
         "ddim", "sampler of predictions with several steps; eq5_*: literal readings of eq. 5, biased",

@@ -80,12 +80,10 @@ class ExpertUsage:
             layers = int((highest[:, m] < least).sum())
             if 2 * layers > len(self.layers):
                 of = f" (of {self.modalities[m]})" if m < len(self.modalities) else ""
+                share = f"less than {least:.1%} of the weight in {layers} of {len(self.layers)} layers"
                 yield (
                     m,
-                    (
-                        f"expert {m}{of} gets less than {least:.1%} of the weight in {layers} of {len(self.layers)} layers "
-                        "and learns next to nothing; the token balance0p01 spreads the load."
-                    ),
+                    f"expert {m}{of} gets {share} and learns next to nothing; the token balance0p01 spreads the load.",
                 )
 
     def save(self, folder: str | Path, epoch: int) -> None:
