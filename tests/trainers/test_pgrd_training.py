@@ -9,6 +9,7 @@ import pytest
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from tiny import Kind, make_batch, make_trainer, parameters_of
+from tiny_pgrd import shaken
 from tiny_prior import save_prior
 from torch import nn
 
@@ -40,7 +41,10 @@ def without_effect(net: nn.Module) -> set[str]:
 
 
 def reached(trainer: Any, steps: int) -> None:
-    """Every trainable parameter has a gradient, as DDP demands, and none of the prior's moves."""
+    """Every trainable parameter has a gradient, as DDP demands, and none of the prior's moves. The heads' last layers
+    start at zero, so what is before them would learn from the second step on.
+    """
+    shaken(trainer.module)
     prior = parameters_of(trainer.network.prior) if trainer.network.prior is not None else {}
     for step in range(steps):
         report = trainer.train_step(batch_of(trainer, step))
