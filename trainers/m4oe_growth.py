@@ -132,7 +132,7 @@ def _check_preprocessing(plans: Mapping[str, Any], name: str, configuration: str
     plans_name = plans["plans_name"]
     file = preprocessed_folder(name) / f"{plans_name}.json"
     if file.is_file():
-        here = load_json(file, "")
+        here = load_json(file, "Move the plans of the model there again.")
         known = configuration in here["configurations"]
         wrong = differences(plans, here, configuration) if known else f"{configuration} is missing"
     else:

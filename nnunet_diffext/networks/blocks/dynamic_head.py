@@ -70,12 +70,12 @@ class DynamicHead(nn.Module):
             tokens: ``(B, *patch, width)``.
             asked: which modalities count, bool ``(modalities,)``.
         """
-        total, heads = torch.tensor(0.0), torch.zeros(self.label_space.num_heads, device=tokens.device)
-        for m, counts in enumerate(asked.float().unbind()):
-            own = self.label_space.probabilities(self._own(tokens, m))
-            total = total + counts * self._spread(own, m, 0.0)
-            heads = heads + counts * self._spread(heads.new_ones(1, len(self.classes[m])), m, 0.0)[0]
-        mean = total / heads.clamp_min(1).view(-1, *(1,) * (total.ndim - 2))
+        counts, total = asked.float(), 0.0
+        for m, count in enumerate(counts.unbind()):
+            total = total + count * self._spread(self.label_space.probabilities(self._own(tokens, m)), m, 0.0)
+        has = [[k in own for k in range(self.label_space.num_heads)] for own in self.classes]
+        asked_of = counts @ counts.new_tensor(has)
+        mean = total / asked_of.clamp_min(1).view(-1, *(1,) * (total.ndim - 2))
         if not self.label_space.regions:
             foreground = mean[:, 1:]
             mean = torch.cat([(1 - foreground.sum(1, keepdim=True)).clamp_min(0), foreground], dim=1)
