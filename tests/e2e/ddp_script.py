@@ -7,6 +7,7 @@ here. See ``ranks.py`` for what is compared.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -72,14 +73,21 @@ def full_training(dataset: str, name: str) -> tuple[dict[str, Any], list[dict]]:
     return report(trainer, steps), batches
 
 
+def deal(batches: list[dict], cases: list[str], first: int) -> list[dict]:
+    """The patches under names of cases in turn: so few patches drawn at random may miss a case, and its modality."""
+    names = itertools.islice(itertools.cycle(cases), first, None)
+    return [{**batch, "keys": [next(names) for _ in batch["keys"]]} for batch in batches]
+
+
 def a_few_steps(dataset: str, name: str, batches: list[dict]) -> dict[str, Any]:
     """A parameter without gradient makes DDP fail in the second step."""
     trainer = make_trainer(dataset, name)
     trainer.initialize()
+    batches = deal(batches[:3], sorted(trainer.do_split()[0]), first=dist.get_rank())
     trained = [p.requires_grad for p in trainer.module.parameters()]
     before = checksum(trainer.module.parameters())
     trainer.network.train()
-    steps = [trainer.train_step(batch) for batch in batches[:3]]
+    steps = [trainer.train_step(batch) for batch in batches]
     return report(trainer, steps, before=before, trained=trained)
 
 
