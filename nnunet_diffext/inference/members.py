@@ -2,10 +2,11 @@
 
 What a network has to offer:
   * ``network(image)`` in eval mode: logits ``(B, K, *patch)``, whose softmax (sigmoid for regions) is the probability.
-  * one that can sample has also ``sample(image, noise, *, steps, sampler, seed)``: probabilities ``(B, K, *patch)`` of
-    one sample that starts from ``noise (B, K, *patch)`` (``noise_channels`` instead of K, if it has that attribute),
-    and the attributes ``default_samples``, ``default_steps`` and ``default_sampler``. All samples of a tile are asked
-    for one directly after another with the same image tensor, so the network may keep what depends on the image alone.
+  * one that can sample has also ``sample(image, noise, *, steps, sampler, seed)``: probabilities ``(M, K, *patch)`` of
+    M samples of one image that start from ``noise (M, K, *patch)`` (``noise_channels`` instead of K, if it has that
+    attribute), and the attributes ``default_samples``, ``default_steps`` and ``default_sampler``. All samples of a tile
+    are asked for directly one after another with the same image tensor, so the network may keep what depends on the
+    image alone; M is 1 where the sampler adds noise of its own, from ``seed``.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def tile_members(
         undo = tuple(axis - 1 for axis in axes)
         if not sampling.samples:
             yield 0, probabilities(network(flipped)[0].float()).flip(undo)
-        for m, field in enumerate(fields):
-            p = network.sample(
-                flipped, field.flip(axes), steps=sampling.steps, sampler=sampling.sampler, seed=sampling.seed + m
-            )
-            yield m, p[0].float().flip(undo)
+        for batch in sampling.batches(image[0, 0].numel()):
+            start = torch.cat([fields[m] for m in batch]).flip(axes)
+            seed = sampling.seed + batch.start
+            drawn = network.sample(flipped, start, steps=sampling.steps, sampler=sampling.sampler, seed=seed)
+            for m, p in zip(batch, drawn, strict=True):
+                yield m, p.float().flip(undo)

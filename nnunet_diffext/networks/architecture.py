@@ -55,6 +55,16 @@ class Architecture:
         return [(s,) * self.dim if isinstance(s, int) else tuple(s) for s in self.kwargs["strides"]]
 
     @property
+    def kernels(self) -> list[tuple[int, ...]]:
+        """Kernel size of every stage, one integer per axis."""
+        return [(k,) * self.dim if isinstance(k, int) else tuple(k) for k in self.kwargs["kernel_sizes"]]
+
+    def norm(self, channels: int) -> nn.Module:
+        """A layer of the planned normalisation, none if none is planned."""
+        norm_op, kwargs = self.kwargs.get("norm_op"), self.kwargs.get("norm_op_kwargs") or {}
+        return nn.Identity() if norm_op is None else norm_op(channels, **kwargs)
+
+    @property
     def features(self) -> list[int]:
         """Channels of every stage, finest first."""
         return list(self.kwargs["features_per_stage"])

@@ -71,7 +71,8 @@ class DiffusionNet(nn.Module):
         """Probabilities ``(B, K, *patch)`` of one sample.
 
         Args:
-            image: ``(B, C, *patch)``; what depends on it alone is kept until another tensor comes.
+            image: ``(B, C, *patch)``, or ``(1, C, *patch)`` for B samples of it; what depends on it alone is kept until
+                another tensor comes.
             noise: ``(B, noise_channels, *patch)``. Where several voxels share a latent, it takes one voxel's noise.
             steps: network evaluations; 1 gives the posterior mean (of an L1 loss: median).
             sampler: one of :data:`~nnunet_diffext.networks.sampling.SAMPLERS`.
@@ -81,7 +82,8 @@ class DiffusionNet(nn.Module):
         """
         if self.noise_stride is not None:
             noise = noise[(..., *(slice(f // 2, None, f) for f in self.noise_stride))]
-        return self.draw_probabilities(self._known_of(image), noise, steps=steps, sampler=sampler, seed=seed)
+        known = _for_samples(self._known_of(image), len(noise))
+        return self.draw_probabilities(known, noise, steps=steps, sampler=sampler, seed=seed)
 
     def probabilities(self, image: Tensor) -> Tensor:
         """Mean over the samples ``(B, K, *patch)``, float32; the noise is the same in every tile and mirror pass."""
@@ -90,11 +92,15 @@ class DiffusionNet(nn.Module):
             size = [n // f for n, f in zip(size, self.noise_stride, strict=True)]
         shape, axes = (1, self.noise_channels, *size), tuple(range(2, image.ndim))
         self._kept = None
-        known, mean = self.known(image), 0.0
-        for seed in s.seeds:
-            noise = seeded_noise(shape, seed, device=image.device, mirror_axes=axes).expand(len(image), *shape[1:])
-            mean = mean + self.draw_probabilities(known, noise, steps=s.steps, sampler=s.sampler, seed=seed)
-        return mean / s.samples
+        known, total, images = self.known(image), 0.0, len(image)
+        for batch in s.batches(image[0, 0].numel(), images):
+            seeds = s.seeds[batch.start : batch.stop]
+            noise = torch.cat([seeded_noise(shape, n, device=image.device, mirror_axes=axes) for n in seeds])
+            noise = noise.expand(max(images, len(batch)), *shape[1:])
+            around = _for_samples(known, len(noise))
+            drawn = self.draw_probabilities(around, noise, steps=s.steps, sampler=s.sampler, seed=seeds[0])
+            total = total + (drawn if images > 1 else drawn.sum(0, keepdim=True))
+        return total / s.samples
 
     def train(self, mode: bool = True) -> DiffusionNet:
         """Frozen parts, if any, are put back into eval mode by the subclass."""
@@ -115,6 +121,16 @@ class DiffusionNet(nn.Module):
         """``(count,)``: T - 1 with probability ``terminal_share``, else uniform."""
         t = torch.randint(self.schedule.timesteps, (count,), device=device)
         return t.masked_fill(torch.rand(count, device=device) < self.terminal_share, self.schedule.timesteps - 1)
+
+
+def _for_samples(known: Any, count: int) -> Any:
+    """What is known of one image for so many samples of it, as views; of several images, as it is."""
+    if isinstance(known, Tensor):
+        return known.expand(count, *known.shape[1:])
+    if isinstance(known, (list, tuple)):
+        parts = [_for_samples(part, count) for part in known]
+        return type(known)(*parts) if hasattr(known, "_fields") else type(known)(parts)
+    return known
 
 
 def _forget(network: DiffusionNet, _: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,10 @@ WITHOUT_NOISE = ("ddim", "dpm++", "eq5_mean")
 READOUTS = ("heads", "simplex", "softmax")
 FLOOR = 1e-4
 """Of probabilities: a prior of exactly zero could not be corrected, and costs infinitely much where it is wrong."""
+
+VOXELS_AT_ONCE = 2**18
+"""Samples of one image are drawn in batches of up to so many voxels: passes over small patches leave a GPU idle, and
+larger batches leave the caches of a CPU."""
 
 _ON_THE_WAY = 0x5DEECE66
 """Changes a seed: with the same one, the noise of a sampler's first step would be the noise it started from."""
@@ -46,6 +51,13 @@ class Sampling:
         """Whether noise is added on the way. Other than the field that a sample starts from, it begins anew in every
         tile: samples then do not continue from tile to tile."""
         return self.samples > 0 and self.steps > 1 and self.sampler not in WITHOUT_NOISE
+
+    def batches(self, voxels: int, images: int = 1) -> Iterator[range]:
+        """Indices of the samples that are drawn at once, for patches of so many voxels and for so many images. Noise on
+        the way has a seed per sample."""
+        together = 1 if images > 1 or self.adds_noise else max(1, VOXELS_AT_ONCE // voxels)
+        for first in range(0, self.samples, together):
+            yield range(first, min(first + together, self.samples))
 
 
 def draw(

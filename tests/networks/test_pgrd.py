@@ -123,8 +123,8 @@ def test_prior_is_frozen_and_in_eval_mode() -> None:
 def test_network_without_prior_has_none() -> None:
     net = make_net(prior=False)
     assert net.prior is None and not any(k.startswith("prior") for k in net.state_dict())
-    assert net.context_net.encoder[0][0].convs[0].conv.in_channels == 1  # the image alone
-    assert make_net().context_net.encoder[0][0].convs[0].conv.in_channels == 3
+    assert net.context_net.fine_in.in_channels == 1  # the image alone
+    assert make_net().context_net.fine_in.in_channels == 3
     image = image_of()
     outs = []
     for prior in (None, torch.full((2, 2, 16, 16), 0.9)):

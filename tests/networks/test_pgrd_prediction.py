@@ -8,6 +8,8 @@ from tiny import KINDS, Kind, check_extreme_images
 from tiny_pgrd import FLAT, SMALL, image_of, make_net, noise_of, onehot_of, shaken
 from torch import Tensor, nn
 
+from nnunet_diffext.diffusion import seeded_noise
+from nnunet_diffext.networks import sampling
 from nnunet_diffext.networks.sampling import SAMPLERS, Sampling, project, soften
 
 
@@ -167,3 +169,29 @@ def test_noise_on_the_way_is_not_the_noise_of_the_start() -> None:
     with torch.no_grad():
         net(image_of(batch=1))
     assert abs(torch.corrcoef(torch.stack(states))[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
+def test_samples_of_one_image_in_batches(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six samples are the same whether drawn together, where no noise is added on the way, or one by one."""
+    net, image = shaken(make_net(sampling=Sampling(samples=6, steps=3, sampler=sampler))).eval(), image_of(batch=1)
+    monkeypatch.setattr(sampling, "VOXELS_AT_ONCE", 4 * image.numel() + 1)
+    sizes: list[int] = []
+    net.step_net.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    fields = [seeded_noise((1, 2, *image.shape[2:]), m, mirror_axes=(2, 3)) for m in range(6)]
+    with torch.no_grad():
+        together = net.probabilities(image)
+        alone = [net.sample(image, f, steps=3, sampler=sampler, seed=m) for m, f in enumerate(fields)]
+    batches = [1] * 6 if sampler == "ddpm" else [4, 2]
+    assert sizes == [b for b in batches for _ in range(3)] + [1] * 18
+    torch.testing.assert_close(together, torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_a_sample_does_not_depend_on_those_beside_it(sampler: str) -> None:
+    net, image = shaken(make_net()).eval(), image_of(batch=1)
+    one, other = (noise_of(net, image, seed) for seed in (0, 1))
+    with torch.no_grad():
+        drawn = net.sample(image, torch.cat([other, one]), steps=3, sampler=sampler)
+        torch.testing.assert_close(drawn[1:], net.sample(image, one, steps=3, sampler=sampler))
+        assert (drawn[0] - drawn[1]).abs().max() > 1e-3

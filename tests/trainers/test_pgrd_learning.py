@@ -214,7 +214,7 @@ def test_blank_images_give_the_frequency() -> None:
 
 def test_labels_unrelated_to_the_image_are_not_learned() -> None:
     """At t = T, where predictions are made, the label cannot be read from the state; at smaller t it can."""
-    trainer = ready_trainer(f"{WIDE}_lr1e-2", FLAT, base="PGRDTrainer")
+    trainer = ready_trainer(f"{WIDE}_lr3e-3", FLAT, base="PGRDTrainer")
     generator = torch.Generator().manual_seed(0)
 
     def halves(count: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.patches import to_channels, to_grid
@@ -14,25 +15,63 @@ from nnunet_diffext.networks.blocks.time import FiLM, TimeEmbedding
 from nnunet_diffext.networks.unet import UNetBackbone, UNetOutput
 
 
-class ContextUNet(UNetBackbone):
-    """U-Net on everything that is known before sampling starts: image and prior."""
+class BlockUNet(UNetBackbone):
+    """A planned U-Net whose stages start at the second one, where blocks of voxels are channels ("simple diffusion",
+    Hoogeboom et al. 2023).
+
+    What a voxel's own values say does not fit through there and goes around it.
+
+    Args:
+        architecture: of this network, with the finest stage, whose width the layers at full resolution have.
+        channels: of the input.
+        classes: K, of the output.
+        kernel: of the layers at full resolution, an odd size for every axis.
+    """
+
+    def __init__(self, architecture: Architecture, channels: int, classes: int, kernel: Sequence[int]) -> None:
+        level = min(1, len(architecture.features) - 2)  # of two stages, none can be left out
+        finest, block = architecture.features[0], architecture.stride_of(level)
+        voxels = math.prod(block)
+        super().__init__(architecture.below(level), finest * voxels, finest * voxels)
+        self.block, self.level, conv = block, level, architecture.conv_op
+        around = tuple(k // 2 for k in kernel)
+        self.fine_in = conv(channels, finest, kernel, padding=around)
+        self.fine_skip = conv(finest, finest, kernel, padding=around)
+        self.head = conv(finest, classes, 1)
+
+    def through_blocks(self, fine: Tensor, condition: object = None) -> tuple[Tensor, UNetOutput]:
+        """``(B, finest, *patch)`` through the U-Net and back to voxels, and all that it returned."""
+        out = self.run(to_channels(fine.movedim(1, -1), self.block).movedim(-1, 1), condition)
+        return to_grid(out.logits.movedim(1, -1), self.block).movedim(-1, 1), out
+
+    def output(self, fine: Tensor, out: UNetOutput) -> UNetOutput:
+        """Logits and features, finest first, with those of the voxels instead of the blocks."""
+        return UNetOutput(self.head(fine), [fine, *out.features[1 - self.level :]], out.encoder, [])
+
+
+class ContextUNet(BlockUNet):
+    """U-Net on everything that is known before sampling starts: image and prior, whose contours are fine already."""
+
+    def __init__(self, architecture: Architecture, channels: int, classes: int) -> None:
+        super().__init__(architecture, channels, classes, architecture.kernels[0])
+        self.fine_norm = architecture.norm(architecture.features[0])
 
     def forward(self, known: Tensor) -> UNetOutput:
         """``(B, C, *patch)`` -> logits ``(B, K, *patch)`` and the decoder's features of every level, finest first."""
-        return self.run(known)
+        own = leaky_relu(self.fine_norm(self.fine_in(known)), 0.01)
+        together, out = self.through_blocks(own)
+        return self.output(leaky_relu(together + self.fine_skip(own), 0.01), out)  # no norm: see SupervisionHeads
 
 
-class StepUNet(UNetBackbone):
+class StepUNet(BlockUNet):
     """Light U-Net on the noisy state, run at every step; guided by the context's features and the timestep.
 
-    Its convolutions start at the planned second stage, where blocks of voxels are channels ("simple diffusion",
-    Hoogeboom et al. 2023). What a voxel's own noise says does not fit through there and goes around it, voxel by voxel.
     The noise enters multiplied with the context's finest features: the best evidence for an object of known place and
     unknown presence is the sum of the noisy state over its voxels, a product that convolutions and sums of features
     hardly learn.
 
     Args:
-        architecture: of this network, with the finest stage, whose width the layers of single voxels have.
+        architecture: see :class:`BlockUNet`.
         channels: of the noisy state and of the output, K.
         context_channels: of the context's features at every level, finest first.
         time_channels: width of the time embedding.
@@ -41,21 +80,15 @@ class StepUNet(UNetBackbone):
     def __init__(
         self, architecture: Architecture, channels: int, context_channels: Sequence[int], time_channels: int = 64
     ) -> None:
-        level = min(1, len(architecture.features) - 2)  # of two stages, none can be left out
-        block = architecture.stride_of(level)
-        finest, features = architecture.features[0], architecture.features[level:]
-        voxels = math.prod(block)
-        super().__init__(architecture.below(level), finest * voxels, finest * voxels)
-        self.block, self.level = block, level
+        super().__init__(architecture, channels, channels, (1,) * architecture.dim)
+        finest, features = architecture.features[0], architecture.features[self.level :]
         self.time_embedding = TimeEmbedding(time_channels)
         self.encoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features)
         self.decoder_films = nn.ModuleList(FiLM(time_channels, c) for c in features[-2::-1])
-        conv = architecture.conv_op
-        self.guides = nn.ModuleList(conv(c, f, 1) for c, f in zip(context_channels[level:], features, strict=True))
-        self.fine_guide = conv(context_channels[0], finest, 1)
-        self.fine_in, self.fine_skip = conv(channels, finest, 1), conv(finest, finest, 1)
         self.fine_films = nn.ModuleList(FiLM(time_channels, finest) for _ in range(2))
-        self.head = conv(finest, channels, 1)
+        conv, coarse = architecture.conv_op, context_channels[self.level :]
+        self.guides = nn.ModuleList(conv(c, f, 1) for c, f in zip(coarse, features, strict=True))
+        self.fine_guide = conv(context_channels[0], finest, 1)
 
     def guidance(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The context's features, projected to this network's width; the same for every step."""
@@ -74,12 +107,9 @@ class StepUNet(UNetBackbone):
         embedding = self.time_embedding(t)
         place, *coarse = guidance
         own = self.fine_in(noisy)
-        blocks = to_channels((own * place).movedim(1, -1), self.block).movedim(-1, 1)
-        out = self.run(blocks, (embedding, coarse))
-        together = to_grid(out.logits.movedim(1, -1), self.block).movedim(-1, 1)
+        together, out = self.through_blocks(own * place, (embedding, coarse))
         alone = self.fine_films[0](own + place, embedding)
-        fine = self.fine_films[1](together + self.fine_skip(alone), embedding)
-        return UNetOutput(self.head(fine), [fine, *out.features[1 - self.level :]], out.encoder, [])
+        return self.output(self.fine_films[1](together + self.fine_skip(alone), embedding), out)
 
 
 class SupervisionHeads(nn.Module):

@@ -1,0 +1,168 @@
+"""PGRD around nnU-Net on the left atrium: Dice and calibration next to its prior, and the curve over steps.
+
+    python benchmarks/left_atrium.py --data .../Dataset910_LeftAtrium --work DIR --runs stock4 stock64
+    python benchmarks/left_atrium_pgrd.py --data .../Dataset910_LeftAtrium --work DIR --labels 4 64
+    python benchmarks/left_atrium_pgrd.py --data .../Dataset910_LeftAtrium --work DIR --labels 64 --curve
+    python benchmarks/left_atrium_pgrd.py --table
+
+Plans, iterations and the 16 validation volumes are those of left_atrium.py. The temperature of the prior is fitted on
+these very volumes: the best that any temperature can do for it. Nothing of PGRD has seen them. No mirroring.
+The curve (the paper's Fig. 3) has one sample per number of steps on the first volumes of the validation set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import load_json, save_json
+from left_atrium import CONFIGURATION, LABEL, PLANS, Run, make_run, make_splits, prepare, train
+
+from nnunet_diffext.demo.commands import run_command
+from nnunet_diffext.evaluation.folder import evaluate_predictions
+from nnunet_diffext.evaluation.metrics import json_ready
+from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.files import CALIBRATION
+
+FOLDS = {4: 0, 64: 1}
+CURVE = {"PGRD": ("", "ddim"), "noPGR": ("_noPGR", "ddim"), "vanilla DDPM": ("_vanillaDDPM", "ddpm")}
+STEPS = (1, 2, 5, 10, 20, 50, 100, 300)
+FIGURES = ("nll_band", "ece_band", "nll", "ece")
+
+
+class Benchmark:
+    """Trains, predicts and scores; trainings that are finished are not repeated."""
+
+    def __init__(self, data: Path, work: Path, epochs: int, iterations: int, out: Path) -> None:
+        self.data, self.work, self.out = data, work, out
+        self.epochs, self.iterations = epochs, iterations
+        self.env = prepare(data, work)
+        self.results = Path(self.env["nnUNet_results"]) / data.name
+
+    def run(self, trainer: str, labels: int) -> Run:
+        """A training on so many labels."""
+        name = f"all:{trainer}" if FOLDS[labels] else trainer
+        return make_run(name, 1, self.epochs, self.iterations, None)
+
+    def model(self, run: Run) -> Path:
+        """Its folder."""
+        return self.results / f"{run.trainer}__{PLANS}__{CONFIGURATION}"
+
+    def train(self, trainer: str, labels: int) -> Path:
+        """Train around the stock nnU-Net of the same labels; returns the model folder."""
+        prior = self.model(make_run(f"stock{labels}", 1, self.epochs, self.iterations, None))
+        run = self.run(trainer, labels)
+        train(run, self.data.name, {**self.env, "nnUNet_diffext_prior": str(prior)}, self.work)
+        return self.model(run)
+
+    def images(self, count: int) -> Path:
+        """A folder with the first validation images."""
+        folder = self.work / f"first_{count}_images"
+        folder.mkdir(exist_ok=True)
+        for case in make_splits()[0]["val"][:count]:
+            link = folder / f"{case}_0000.nii.gz"
+            if not link.exists():
+                link.symlink_to((self.data / "imagesTr" / link.name).resolve())
+        return folder
+
+    def score(self, name: str, model: Path, fold: int, *flags: str, count: int = 16) -> dict[str, float]:
+        """Predict with probabilities through the command, and evaluate."""
+        out = self.work / "predictions" / name.translate(str.maketrans(" ", "_", ",:"))
+        shutil.rmtree(out, ignore_errors=True)
+        command = ["nnunet_diffext", "predict", "-i", str(self.images(count)), "-o", str(out), "-m", str(model)]
+        command += ["-f", str(fold), "--save_probabilities", "--disable_tta", "-device", "cpu"]
+        start = time.perf_counter()
+        run_command(
+            [*command, "-npp", "1", "-nps", "1", *flags], self.env, self.work / "logs" / f"predict_{out.name}.log"
+        )
+        seconds = time.perf_counter() - start
+        labels, content = self.data / "labelsTr", self.data / "dataset.json"
+        result = evaluate_predictions(out, labels, dataset_json=content, num_processes=1)
+        if result.failed:
+            raise ValueError(f"{name}: not scored: {result.failed}")
+        label = next(key for key, title in result.report["labels"].items() if title == LABEL)
+        pooled = next(iter(result.report["calibration"]["pooled"].values()))
+        scores = {"dice": result.report["mean"][label]["Dice"], **{key: pooled[key] for key in FIGURES}}
+        scores["dice_per_case"] = [row["metrics"][label]["Dice"] for row in result.report["metric_per_case"]]
+        shutil.rmtree(out)
+        print(f"{name}: " + ", ".join(f"{k} {scores[k]:.4f}" for k in ("dice", *FIGURES)), flush=True)
+        return scores | {"seconds": round(seconds, 1), "cases": count}
+
+    def record(self, group: str, name: str, entry: Any) -> None:
+        """Add to the result file."""
+        content = load_json(self.out)
+        content.setdefault(group, {})[name] = json_ready(entry)
+        content.setdefault("provenance", provenance())
+        save_json(content, self.out)
+
+    def calibration(self, labels: int) -> None:
+        """The prior, with the temperature, and PGRD."""
+        fold, group = FOLDS[labels], f"{labels} labels"
+        prior = self.model(make_run(f"stock{labels}", 1, self.epochs, self.iterations, None))
+        self.record(group, "nnU-Net", self.score(f"{labels} prior", prior, fold, "--no_temperature"))
+        command = ["nnunet_diffext", "calibrate", "-m", str(prior), "-f", str(fold), "--disable_tta", "-device", "cpu"]
+        run_command(command, self.env, self.work / "logs" / f"calibrate_{labels}.log")
+        fitted = load_json(prior / CALIBRATION)["temperature"]
+        scores = self.score(f"{labels} prior T", prior, fold)
+        self.record(group, "nnU-Net + temperature", scores | {"temperature": fitted})
+        model = self.train("PGRDTrainer", labels)
+        flags = ("--no_temperature", "-samples")
+        self.record(group, "PGRD, one step", self.score(f"{labels} one step", model, fold, *flags, "0"))
+        several = (*flags, "4", "-steps", "10")
+        self.record(group, "PGRD, 10 steps x 4", self.score(f"{labels} 10 x 4", model, fold, *several))
+
+    def curve(self, labels: int, names: list[str], count: int) -> None:
+        """One sample for every number of steps."""
+        for name in names:
+            tokens, sampler = CURVE[name]
+            model = self.train(f"PGRDTrainer{tokens}", labels)
+            for steps in STEPS:
+                if steps == 1 and sampler == "ddpm":
+                    continue  # one step from pure noise is undefined for noise prediction
+                flags = ("--no_temperature", "-samples", "1", "-steps", str(steps), "-sampler", sampler)
+                scores = self.score(f"curve {name} {steps}", model, FOLDS[labels], *flags, count=count)
+                self.record(f"curve, {labels} labels", f"{name}, {steps}", scores)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown, one table per group."""
+    lines: list[str] = []
+    for group in sorted(set(content) - {"provenance"}):
+        lines += [f"{group}:", "", "| | Dice | NLL, band | ECE, band | NLL | ECE |", "|---" * 6 + "|"]
+        for name, row in content[group].items():
+            lines.append(f"| {name} | " + " | ".join(f"{row[k]:.4f}" for k in ("dice", *FIGURES)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="raw dataset folder Dataset910_LeftAtrium")
+    parser.add_argument("--work", type=Path, help="folder that left_atrium.py filled")
+    parser.add_argument("--labels", nargs="+", type=int, choices=list(FOLDS), default=[64])
+    parser.add_argument("--curve", nargs="*", choices=list(CURVE), help="the curve over steps, of these (default: all)")
+    parser.add_argument("--curve-cases", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--iters", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--table", action="store_true", help="only print the tables of --out")
+    args = parser.parse_args()
+    if not args.table:
+        if args.data is None or args.work is None:
+            parser.error("--data and --work are needed, except with --table")
+        benchmark = Benchmark(args.data.resolve(), args.work, args.epochs, args.iters, args.out)
+        for labels in args.labels:
+            if args.curve is None:
+                benchmark.calibration(labels)
+            else:
+                benchmark.curve(labels, args.curve or list(CURVE), args.curve_cases)
+    print(table(load_json(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
