@@ -223,7 +223,7 @@ def test_labels_unrelated_to_the_image_are_not_learned() -> None:
         mask = left ^ (torch.rand(count, 1, 1, 1, generator=generator) < 0.5)
         return torch.randn(count, 1, 16, 16, generator=generator), mask
 
-    for _ in range(100):
+    for _ in range(300):
         image, mask = halves(8)
         trainer.train_step({"data": image, "target": mask.short()})
     image, mask = halves(64)

@@ -54,13 +54,13 @@ class ContextUNet(BlockUNet):
 
     def __init__(self, architecture: Architecture, channels: int, classes: int) -> None:
         super().__init__(architecture, channels, classes, architecture.kernels[0])
-        self.fine_norm = architecture.norm(architecture.features[0])
+        self.fine_norms = nn.ModuleList(architecture.norm(architecture.features[0]) for _ in range(2))
 
     def forward(self, known: Tensor) -> UNetOutput:
         """``(B, C, *patch)`` -> logits ``(B, K, *patch)`` and the decoder's features of every level, finest first."""
-        own = leaky_relu(self.fine_norm(self.fine_in(known)), 0.01)
+        own = leaky_relu(self.fine_norms[0](self.fine_in(known)), 0.01)
         together, out = self.through_blocks(own)
-        return self.output(leaky_relu(together + self.fine_skip(own), 0.01), out)  # no norm: see SupervisionHeads
+        return self.output(leaky_relu(self.fine_norms[1](self.fine_skip(own + together)), 0.01), out)
 
 
 class StepUNet(BlockUNet):
