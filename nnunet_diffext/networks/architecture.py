@@ -57,7 +57,9 @@ class Architecture:
     @property
     def kernels(self) -> list[tuple[int, ...]]:
         """Kernel size of every stage, one integer per axis."""
-        return [(k,) * self.dim if isinstance(k, int) else tuple(k) for k in self.kwargs["kernel_sizes"]]
+        planned = self.kwargs["kernel_sizes"]
+        planned = [planned] * len(self.features) if isinstance(planned, int) else planned
+        return [(k,) * self.dim if isinstance(k, int) else tuple(k) for k in planned]
 
     def norm(self, channels: int) -> nn.Module:
         """A layer of the planned normalisation, none if none is planned."""

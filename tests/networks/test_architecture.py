@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,13 @@ def test_other_networks_are_refused() -> None:
 
 def test_scalar_strides() -> None:
     assert Architecture(NoUNet, {"conv_op": nn.Conv3d, "strides": [1, 2]}).strides == [(1, 1, 1), (2, 2, 2)]
+
+
+def test_scalar_kernels() -> None:
+    flat = make_architecture(KINDS["2d"])
+    for planned in (3, [3, 3, 3]):
+        assert replace(flat, kwargs={**flat.kwargs, "kernel_sizes": planned}).kernels == [(3, 3)] * 3
+    assert flat.kernels == [(3, 3)] * len(flat.features)
 
 
 @pytest.mark.parametrize("kind", KINDS)
