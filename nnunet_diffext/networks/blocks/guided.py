@@ -26,17 +26,20 @@ class BlockUNet(UNetBackbone):
         channels: of the input.
         classes: K, of the output.
         kernel: of the layers at full resolution, an odd size for every axis.
+        bias: of the same layers; a norm behind them would remove it.
     """
 
-    def __init__(self, architecture: Architecture, channels: int, classes: int, kernel: Sequence[int]) -> None:
+    def __init__(
+        self, architecture: Architecture, channels: int, classes: int, kernel: Sequence[int], bias: bool = True
+    ) -> None:
         level = min(1, len(architecture.features) - 2)  # of two stages, none can be left out
         finest, block = architecture.features[0], architecture.stride_of(level)
         voxels = math.prod(block)
         super().__init__(architecture.below(level), finest * voxels, finest * voxels)
         self.block, self.level, conv = block, level, architecture.conv_op
         around = tuple(k // 2 for k in kernel)
-        self.fine_in = conv(channels, finest, kernel, padding=around)
-        self.fine_skip = conv(finest, finest, kernel, padding=around)
+        self.fine_in = conv(channels, finest, kernel, padding=around, bias=bias)
+        self.fine_skip = conv(finest, finest, kernel, padding=around, bias=bias)
         self.head = conv(finest, classes, 1)
 
     def through_blocks(self, fine: Tensor, condition: object = None) -> tuple[Tensor, UNetOutput]:
@@ -53,7 +56,7 @@ class ContextUNet(BlockUNet):
     """U-Net on everything that is known before sampling starts: image and prior, whose contours are fine already."""
 
     def __init__(self, architecture: Architecture, channels: int, classes: int) -> None:
-        super().__init__(architecture, channels, classes, architecture.kernels[0])
+        super().__init__(architecture, channels, classes, architecture.kernels[0], bias=False)
         self.fine_norms = nn.ModuleList(architecture.norm(architecture.features[0]) for _ in range(2))
 
     def forward(self, known: Tensor) -> UNetOutput:
