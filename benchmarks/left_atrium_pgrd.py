@@ -6,7 +6,8 @@
     python benchmarks/left_atrium_pgrd.py --table
 
 Plans, iterations and the 16 validation volumes are those of left_atrium.py. The temperature of the prior is fitted on
-these very volumes: the best that any temperature can do for it. Nothing of PGRD has seen them. No mirroring.
+these very volumes: the best that any temperature can do for it. PGRD knows of them how large the prior's errors are
+there, because it trains around a prior that is made to err as much ('corrupted'). No mirroring.
 The curve (the paper's Fig. 3) has one sample per number of steps on the first volumes of the validation set.
 """
 
@@ -52,11 +53,14 @@ class Benchmark:
         """Its folder."""
         return self.results / f"{run.trainer}__{PLANS}__{CONFIGURATION}"
 
+    def prior(self, labels: int) -> Path:
+        """Folder of the stock nnU-Net of so many labels, which left_atrium.py trained."""
+        return self.model(make_run(f"stock{labels}", 1, self.epochs, self.iterations, None))
+
     def train(self, trainer: str, labels: int) -> Path:
         """Train around the stock nnU-Net of the same labels; returns the model folder."""
-        prior = self.model(make_run(f"stock{labels}", 1, self.epochs, self.iterations, None))
-        run = self.run(trainer, labels)
-        train(run, self.data.name, {**self.env, "nnUNet_diffext_prior": str(prior)}, self.work)
+        run, prior = self.run(trainer, labels), str(self.prior(labels))
+        train(run, self.data.name, {**self.env, "nnUNet_diffext_prior": prior}, self.work)
         return self.model(run)
 
     def images(self, count: int) -> Path:
@@ -101,8 +105,7 @@ class Benchmark:
 
     def calibration(self, labels: int) -> None:
         """The prior, with the temperature, and PGRD."""
-        fold, group = FOLDS[labels], f"{labels} labels"
-        prior = self.model(make_run(f"stock{labels}", 1, self.epochs, self.iterations, None))
+        fold, group, prior = FOLDS[labels], f"{labels} labels", self.prior(labels)
         self.record(group, "nnU-Net", self.score(f"{labels} prior", prior, fold, "--no_temperature"))
         command = ["nnunet_diffext", "calibrate", "-m", str(prior), "-f", str(fold), "--disable_tta", "-device", "cpu"]
         run_command(command, self.env, self.work / "logs" / f"calibrate_{labels}.log")

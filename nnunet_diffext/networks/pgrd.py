@@ -233,6 +233,7 @@ class PGRDNet(DiffusionNet):
         last: tuple[list[Tensor], Tensor]
 
         def model(u_t: Tensor, t: Tensor) -> Tensor:
+            """The denoiser around this context; the features of its last call are what the heads read."""
             nonlocal last
             prediction, features = self.denoise(known, u_t, t)
             last = features, t
