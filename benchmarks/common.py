@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
+
+from nnunet_diffext.demo.commands import run_command
+from nnunet_diffext.files import CALIBRATION
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -21,6 +25,21 @@ def save_json(content: Any, path: Path) -> None:
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)
+
+
+def predict(images: Path, out: Path, model: Path, fold: int, env: dict[str, str], logs: Path, *flags: str) -> None:
+    """Probabilities of a folder of images through ``nnunet_diffext predict``, no mirroring; ``out`` starts empty."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = ["nnunet_diffext", "predict", "-i", str(images), "-o", str(out), "-m", str(model), "-f", str(fold)]
+    command += ["--save_probabilities", "--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
+    run_command(command, env, logs / f"predict_{out.name}.log")
+
+
+def temperature(model: Path, fold: int, env: dict[str, str], logs: Path) -> float | None:
+    """Fit and store a model's temperature on the validation volumes of a fold, through ``nnunet_diffext calibrate``."""
+    command = ["nnunet_diffext", "calibrate", "-m", str(model), "-f", str(fold), "--disable_tta", "-device", "cpu"]
+    run_command(command, env, logs / f"calibrate_{model.name}.log")
+    return load_json(model / CALIBRATION).get("temperature")
 
 
 def _format(values: list[float | None], scale: float, digits: int) -> str:

@@ -20,14 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import load_json, save_json
+from common import load_json, predict, save_json, temperature
 from left_atrium import CONFIGURATION, LABEL, PLANS, Run, make_run, make_splits, prepare, train
 
-from nnunet_diffext.demo.commands import run_command
 from nnunet_diffext.evaluation.folder import evaluate_predictions
 from nnunet_diffext.evaluation.metrics import json_ready
 from nnunet_diffext.evaluation.provenance import provenance
-from nnunet_diffext.files import CALIBRATION
 
 FOLDS = {4: 0, 64: 1}
 CURVE = {"PGRD": ("", "ddim"), "noPGR": ("_noPGR", "ddim"), "vanilla DDPM": ("_vanillaDDPM", "ddpm")}
@@ -76,13 +74,8 @@ class Benchmark:
     def score(self, name: str, model: Path, fold: int, *flags: str, count: int = 16) -> dict[str, float]:
         """Predict with probabilities through the command, and evaluate."""
         out = self.work / "predictions" / name.translate(str.maketrans(" ", "_", ",:"))
-        shutil.rmtree(out, ignore_errors=True)
-        command = ["nnunet_diffext", "predict", "-i", str(self.images(count)), "-o", str(out), "-m", str(model)]
-        command += ["-f", str(fold), "--save_probabilities", "--disable_tta", "-device", "cpu"]
         start = time.perf_counter()
-        run_command(
-            [*command, "-npp", "1", "-nps", "1", *flags], self.env, self.work / "logs" / f"predict_{out.name}.log"
-        )
+        predict(self.images(count), out, model, fold, self.env, self.work / "logs", *flags)
         seconds = time.perf_counter() - start
         labels, content = self.data / "labelsTr", self.data / "dataset.json"
         result = evaluate_predictions(out, labels, dataset_json=content, num_processes=1)
@@ -107,14 +100,15 @@ class Benchmark:
         """The prior, with the temperature, and PGRD."""
         fold, group, prior = FOLDS[labels], f"{labels} labels", self.prior(labels)
         self.record(group, "nnU-Net", self.score(f"{labels} prior", prior, fold, "--no_temperature"))
-        command = ["nnunet_diffext", "calibrate", "-m", str(prior), "-f", str(fold), "--disable_tta", "-device", "cpu"]
-        run_command(command, self.env, self.work / "logs" / f"calibrate_{labels}.log")
-        fitted = load_json(prior / CALIBRATION)["temperature"]
+        fitted = temperature(prior, fold, self.env, self.work / "logs")
         scores = self.score(f"{labels} prior T", prior, fold)
         self.record(group, "nnU-Net + temperature", scores | {"temperature": fitted})
         model = self.train("PGRDTrainer", labels)
         flags = ("--no_temperature", "-samples")
         self.record(group, "PGRD, one step", self.score(f"{labels} one step", model, fold, *flags, "0"))
+        fitted = temperature(model, fold, self.env, self.work / "logs")
+        scores = self.score(f"{labels} one step T", model, fold, "-samples", "0")
+        self.record(group, "PGRD, one step + temperature", scores | {"temperature": fitted})
         several = (*flags, "4", "-steps", "10")
         self.record(group, "PGRD, 10 steps x 4", self.score(f"{labels} 10 x 4", model, fold, *several))
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from common import load_json, save_json
+from common import load_json, predict, save_json, temperature
 from rater_data import CONFIGURATION, DATASET, FOLDS, PLANS, prepare
 from scipy.ndimage import binary_dilation
 from scipy.special import entr
@@ -31,7 +31,7 @@ from scipy.special import entr
 from nnunet_diffext.demo.commands import run_command
 from nnunet_diffext.evaluation.cases import read_probabilities
 from nnunet_diffext.evaluation.provenance import provenance
-from nnunet_diffext.files import CALIBRATION, FINAL
+from nnunet_diffext.files import FINAL
 
 FLOOR = 1e-7  # of predicted probabilities inside the logarithm
 PGRD_ROWS = {
@@ -114,11 +114,7 @@ class Benchmark:
     def predict(self, name: str, model: Path, *flags: str, images: str = "imagesTs") -> dict[str, np.ndarray]:
         """Foreground probabilities of the test cases, through ``nnunet_diffext predict`` without mirroring."""
         out = self.work / "predictions" / name.replace(" ", "_")
-        command = ["nnunet_diffext", "predict", "-i", str(self.raw / images), "-o", str(out), "-m", str(model)]
-        command += ["-f", "0", "--save_probabilities", "--disable_tta", "-device", "cpu"]
-        command += ["-npp", "1", "-nps", "1", *flags]
-        shutil.rmtree(out, ignore_errors=True)
-        run_command(command, self.env, self.work / "logs" / f"predict_{out.name}.log")
+        predict(self.raw / images, out, model, 0, self.env, self.work / "logs", *flags)
         return {f.stem: read_probabilities(f)[1] for f in sorted(out.glob("*.npz"))}
 
     def record(self, name: str, probabilities: dict[str, np.ndarray], **more: Any) -> None:
@@ -134,10 +130,8 @@ class Benchmark:
         """The prior, with temperature, ensemble, MC dropout."""
         model = self.train(self.prior())
         self.record("nnU-Net", self.predict("prior", model, "--no_temperature"))
-        command = ["nnunet_diffext", "calibrate", "-m", str(model), "-f", "0", "--disable_tta", "-device", "cpu"]
-        run_command(command, self.env, self.work / "logs" / "calibrate.log")
-        fitted = load_json(model / CALIBRATION)
-        self.record("nnU-Net + temperature", self.predict("prior_T", model), temperature=fitted.get("temperature"))
+        fitted = temperature(model, 0, self.env, self.work / "logs")
+        self.record("nnU-Net + temperature", self.predict("prior_T", model), temperature=fitted)
         members = [self.predict(f"seed{s}", self.train(self.prior(s)), "--no_temperature") for s in (1, 2, 3)]
         self.record("ensemble of 3", {c: np.mean([m[c] for m in members], axis=0) for c in members[0]})
         dropout = self.train(self.prior(), plans=f"{PLANS}Dropout")
@@ -207,7 +201,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for data, results and logs")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--iters", type=int, default=50)
-    parser.add_argument("--rows", nargs="+", default=list(PGRD_ROWS), help="which PGRD rows")
+    parser.add_argument("--rows", nargs="*", choices=list(PGRD_ROWS), default=list(PGRD_ROWS), help="which PGRD rows")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
