@@ -1,4 +1,4 @@
-"""Shared by the benchmark scripts: what machine and versions made a number, and one json file that is added to."""
+"""Shared by the benchmark scripts: small plans, trainings and predictions by the commands, one json file of results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_diffext.demo.commands import run_command
-from nnunet_diffext.files import CALIBRATION
+from nnunet_diffext.demo.commands import EpochReport, run_command
+from nnunet_diffext.files import CALIBRATION, FINAL
+
+CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -27,11 +30,59 @@ def save_json(content: Any, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def shrink(plans_file: Path, patch: Sequence[int], features: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
+    """Give the plans a patch, a batch of two and a network that two CPU cores train in minutes.
+
+    Kernels are 1 along an axis that the next stage does not downsample, as nnU-Net has it for thick slices.
+    """
+    plans = load_json(plans_file)
+    stages = len(features)
+    configuration = plans["configurations"][CONFIGURATION]
+    configuration.update(patch_size=list(patch), batch_size=2)
+    configuration["architecture"]["arch_kwargs"] |= {
+        "n_stages": stages, "features_per_stage": list(features), "strides": [list(s) for s in strides],
+        "kernel_sizes": [[3 if s > 1 else 1 for s in following] for following in (*strides[1:], [2] * len(patch))],
+        "n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }  # fmt: skip
+    save_json(plans, plans_file)
+
+
+def prepare_dataset(dataset: str, env: dict[str, str], logs: Path, edit: Callable[[Path], None]) -> Path:
+    """Fingerprint, plan, ``edit`` the plans file, preprocess; once. Returns the preprocessed folder."""
+    folder, number = Path(env["nnUNet_preprocessed"]) / dataset, dataset[7:10]
+    if not (folder / "prepared").is_file():
+        log = logs / f"prepare_{dataset}.log"
+        run_command(["nnUNetv2_extract_fingerprint", "-d", number, "-np", "1", "--no_pbar"], env, log)
+        run_command(["nnUNetv2_plan_experiment", "-d", number], env, log)
+        edit(folder / f"{PLANS}.json")
+        run_command(["nnUNetv2_preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1", "--no_pbar"], env, log)
+        (folder / "prepared").touch()
+    return folder
+
+
+def train_fold(
+    dataset: str, trainer: str, env: dict[str, str], logs: Path, fold: int = 0, plans: str = PLANS, **variables: str
+) -> Path:
+    """One training by the stock command unless it is finished; ``variables`` add to the environment.
+
+    Returns:
+        The model folder.
+    """
+    folder = Path(env["nnUNet_results"]) / dataset / f"{trainer}__{plans}__{CONFIGURATION}"
+    if not (folder / f"fold_{fold}" / FINAL).is_file():
+        shutil.rmtree(folder / f"fold_{fold}", ignore_errors=True)
+        command = ["nnUNetv2_train", dataset[7:10], CONFIGURATION, str(fold), "-tr", trainer, "-p", plans]
+        epochs = int(re.findall(r"_(\d+)epochs", trainer)[0])
+        log = logs / f"{dataset}_{trainer}_{plans}_{fold}.log"
+        run_command([*command, "-device", "cpu"], {**env, **variables}, log, report=EpochReport(epochs))
+    return folder
+
+
 def predict(images: Path, out: Path, model: Path, fold: int, env: dict[str, str], logs: Path, *flags: str) -> None:
-    """Probabilities of a folder of images through ``nnunet_diffext predict``, no mirroring; ``out`` starts empty."""
+    """A folder of images through ``nnunet_diffext predict``, no mirroring; ``out`` starts empty."""
     shutil.rmtree(out, ignore_errors=True)
     command = ["nnunet_diffext", "predict", "-i", str(images), "-o", str(out), "-m", str(model), "-f", str(fold)]
-    command += ["--save_probabilities", "--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
+    command += ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
     run_command(command, env, logs / f"predict_{out.name}.log")
 
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import comparison_table, load_json, save_json
+from common import CONFIGURATION, comparison_table, load_json, save_json, shrink
 
 from nnunet_diffext.demo.commands import CommandResult, EpochReport, nnunet_environment, run_command
 from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
@@ -41,7 +41,6 @@ from nnunet_diffext.trainers import TRAINERS
 from nnunet_diffext.variants import split_name
 
 PLANS = "nnUNetPlansQ"
-CONFIGURATION = "3d_fullres"
 TABLE2 = ("CEonly", "DEonly", "fixedAverage", "noCACL", "dmed", "noCACL_IEFA", "IEFA")
 STOCK = {"stock4": 0, "stock4long": 0, "stock64": 1}
 FOLDS = {"tune": 2, "all": 1}
@@ -61,24 +60,6 @@ def make_splits() -> list[dict[str, list[str]]]:
         {"train": cases(0, 63), "val": cases(64, 79)},
         {"train": cases(0, 3), "unlabeled": cases(4, 43), "val": cases(44, 63)},
     ]
-
-
-def edit_plans(plans_file: Path) -> None:
-    """Shrink the planned network and patch to what two CPU cores train in minutes."""
-    plans = load_json(plans_file)
-    configuration = plans["configurations"][CONFIGURATION]
-    configuration["patch_size"] = [24, 40, 48]
-    configuration["batch_size"] = 2
-    stages = 4
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": stages,
-        "features_per_stage": [16, 32, 64, 128],
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "n_conv_per_stage": [2] * stages,
-        "n_conv_per_stage_decoder": [2] * (stages - 1),
-    }
-    save_json(plans, plans_file)
 
 
 def prepare(data: Path, work: Path) -> dict[str, str]:
@@ -111,7 +92,7 @@ def prepare(data: Path, work: Path) -> dict[str, str]:
              "-overwrite_plans_name", PLANS, "-gpu_memory_target", "1"],
             env, logs / "plan.log",
         )  # fmt: skip
-        edit_plans(folder / f"{PLANS}.json")
+        shrink(folder / f"{PLANS}.json", (24, 40, 48), (16, 32, 64, 128), ([1] * 3, *[[2] * 3] * 3))
         run_command(
             ["nnUNetv2_preprocess", "-d", dataset_id, "-plans_name", PLANS, "-c", CONFIGURATION, "-np", "2",
              "--no_pbar"],

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import load_json, predict, save_json, temperature
-from left_atrium import CONFIGURATION, LABEL, PLANS, Run, make_run, make_splits, prepare, train
+from common import CONFIGURATION, load_json, predict, save_json, temperature
+from left_atrium import LABEL, PLANS, Run, make_run, make_splits, prepare, train
 
 from nnunet_diffext.evaluation.folder import evaluate_predictions
 from nnunet_diffext.evaluation.metrics import json_ready
@@ -75,7 +75,7 @@ class Benchmark:
         """Predict with probabilities through the command, and evaluate."""
         out = self.work / "predictions" / name.translate(str.maketrans(" ", "_", ",:"))
         start = time.perf_counter()
-        predict(self.images(count), out, model, fold, self.env, self.work / "logs", *flags)
+        predict(self.images(count), out, model, fold, self.env, self.work / "logs", "--save_probabilities", *flags)
         seconds = time.perf_counter() - start
         labels, content = self.data / "labelsTr", self.data / "dataset.json"
         result = evaluate_predictions(out, labels, dataset_json=content, num_processes=1)

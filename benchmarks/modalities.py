@@ -12,7 +12,6 @@ fourth modality, with and without its old parts frozen, and is tested on all fou
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,13 +21,12 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from common import load_json, save_json
-from modality_data import ATRIUM_MODALITY, CONFIGURATION, FOUR, PLANS, SOURCES, THREE, labels_of, prepare
+from common import load_json, predict, save_json, train_fold
+from modality_data import ATRIUM_MODALITY, FOUR, SOURCES, THREE, labels_of, prepare
 
-from nnunet_diffext.demo.commands import EpochReport, nnunet_environment, run_command
+from nnunet_diffext.demo.commands import nnunet_environment, run_command
 from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS
 from nnunet_diffext.evaluation.provenance import provenance
-from nnunet_diffext.files import FINAL
 
 MODALITIES = tuple(dict.fromkeys(s.modality for s in SOURCES))
 SIZE = "dim24"
@@ -68,29 +66,21 @@ class Benchmark:
     """Trains, predicts and scores; what is finished is not repeated."""
 
     def __init__(self, work: Path, epochs: int, iterations: int, out: Path, atrium: Path | None) -> None:
-        self.work, self.out, self.epochs = work, out, epochs
+        self.work, self.out = work, out
         self.budget = f"{epochs}epochs_{iterations}iters_2valiters_seed1"
         self.env = nnunet_environment(work, num_processes=1)
         prepare(work, self.env, atrium)
 
     def train(self, dataset: str, trainer: str, **variables: str) -> Path:
         """One training through the stock command; returns the model folder."""
-        folder = Path(self.env["nnUNet_results"]) / dataset / f"{trainer}_{self.budget}__{PLANS}__{CONFIGURATION}"
-        if not (folder / "fold_0" / FINAL).is_file():
-            shutil.rmtree(folder / "fold_0", ignore_errors=True)
-            command = ["nnUNetv2_train", dataset[7:10], CONFIGURATION, "0", "-tr", f"{trainer}_{self.budget}"]
-            log = self.work / "logs" / f"{dataset}_{trainer}.log"
-            run_command([*command, "-device", "cpu"], {**self.env, **variables}, log, report=EpochReport(self.epochs))
-        return folder
+        return train_fold(dataset, f"{trainer}_{self.budget}", self.env, self.work / "logs", **variables)
 
     def predict(self, model: Path, modality: str, *flags: str) -> Path:
-        """Test images of a modality through ``nnunet_diffext predict``, without mirroring."""
+        """Test images of a modality."""
         out = self.work / "predictions" / f"{model.parent.name}_{model.name}" / "_".join([modality, *flags])
         if not (out / "quality.csv").is_file():
-            images = str(self.work / "tests" / modality / "images")
-            command = ["nnunet_diffext", "predict", "-i", images, "-o", str(out), "-m", str(model), "-f", "0"]
-            command += ["--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1", *flags]
-            run_command(command, self.env, self.work / "logs" / f"predict_{modality}.log")
+            images = self.work / "tests" / modality / "images"
+            predict(images, out, model, 0, self.env, self.work / "logs", *flags)
         return out
 
     def score(self, predictions: Path, model: Path, modality: str, labels: Sequence[str]) -> dict[str, float]:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from common import load_json, save_json
+from common import CONFIGURATION, PLANS, load_json, prepare_dataset, save_json, shrink
 
 from nnunet_diffext.demo.commands import run_command
 from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS, make_case
 
-CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
 TRAIN, VAL, TEST = 12, 2, 10
 THREE, FOUR = "Dataset970_ThreeModalities", "Dataset971_FourModalities"
 
@@ -43,10 +42,6 @@ class Source:
     modality: str
     look: Callable[[np.ndarray], np.ndarray]
     labels: tuple[str, ...]
-
-    @property
-    def number(self) -> str:
-        return str(int(self.name[7:10]))
 
 
 SOURCES = (
@@ -124,16 +119,8 @@ def split(preprocessed: Path, raw: Path) -> None:
 
 
 def edit_plans(file: Path) -> None:
-    """Networks that two CPU cores train in minutes, the same for every dataset."""
-    plans = load_json(file)
-    configuration = plans["configurations"][CONFIGURATION]
-    configuration.update(patch_size=[16, 48, 48], batch_size=2)
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": 4, "features_per_stage": [16, 32, 64, 128], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
-        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]], "n_conv_per_stage": [2] * 4,
-        "n_conv_per_stage_decoder": [2] * 3,
-    }  # fmt: skip
-    save_json(plans, file)
+    """The same network for every dataset."""
+    shrink(file, (16, 48, 48), (16, 32, 64, 128), ([1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]))
 
 
 def prepare(work: Path, env: dict[str, str], atrium: Path | None) -> None:
@@ -144,15 +131,15 @@ def prepare(work: Path, env: dict[str, str], atrium: Path | None) -> None:
     for number, source in enumerate(SOURCES):
         if not (raw / source.name).is_dir():
             write_source(source, number, raw / source.name)
-        plan(source.number, source.name, env, log)
+        plan(source.name, env, log.parent)
     sources = {s.name: s.modality for s in SOURCES}
     merge(sources, THREE, env, log)
-    plan("970", THREE, env, log)
+    plan(THREE, env, log.parent)
     if atrium is None:
         return
     if not (raw / ATRIUM).is_dir():
         link_atrium(atrium, raw / ATRIUM, work / "tests")
-    plan("966", ATRIUM, env, log)
+    plan(ATRIUM, env, log.parent)
     merge({**sources, ATRIUM: ATRIUM_MODALITY}, FOUR, env, log)
     done = preprocessed / FOUR / "prepared"
     if not done.is_file():
@@ -171,15 +158,8 @@ def merge(modalities: dict[str, str], target: str, env: dict[str, str], log: Pat
     run_command([*command, "--modality", *modalities.values()], env, log)
 
 
-def plan(number: str, name: str, env: dict[str, str], log: Path) -> None:
-    """Fingerprint, plans of the common size, preprocessing, one fold."""
-    preprocessed = Path(env["nnUNet_preprocessed"]) / name
-    if (preprocessed / "prepared").is_file():
-        return
-    run_command(["nnUNetv2_extract_fingerprint", "-d", number, "-np", "1", "--no_pbar"], env, log)
-    run_command(["nnUNetv2_plan_experiment", "-d", number], env, log)
-    edit_plans(preprocessed / f"{PLANS}.json")
-    run_command(["nnUNetv2_preprocess", "-d", number, "-c", CONFIGURATION, "-np", "1", "--no_pbar"], env, log)
+def plan(name: str, env: dict[str, str], logs: Path) -> None:
+    """Plans of the common size, preprocessing, one fold."""
+    preprocessed = prepare_dataset(name, env, logs, edit_plans)
     if not (preprocessed / "splits_final.json").is_file():
         split(preprocessed, Path(env["nnUNet_raw"]) / name)
-    (preprocessed / "prepared").touch()

@@ -7,17 +7,16 @@ a training case shows one rater's answer.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from common import load_json, save_json
+from common import CONFIGURATION, PLANS, load_json, prepare_dataset, save_json, shrink
 from scipy.ndimage import gaussian_filter
 
-from nnunet_diffext.demo.commands import nnunet_environment, run_command
+from nnunet_diffext.demo.commands import nnunet_environment
 
-DATASET, CONFIGURATION, PLANS = "Dataset950_Raters", "3d_fullres", "nnUNetPlans"
+DATASET = "Dataset950_Raters"
 SIZE, TRAIN, TEST, FOLDS = 32, 60, 30, 5
 
 
@@ -53,7 +52,7 @@ def write(array: np.ndarray, path: Path) -> None:
 def prepare(work: Path) -> dict[str, str]:
     """Data, plans, preprocessing and splits below ``work``, each made once. Returns the environment for commands."""
     env = nnunet_environment(work)
-    raw, preprocessed = Path(env["nnUNet_raw"]) / DATASET, Path(env["nnUNet_preprocessed"]) / DATASET
+    raw = Path(env["nnUNet_raw"]) / DATASET
     if not (raw / "dataset.json").is_file():
         for group, count in (("Tr", TRAIN), ("Ts", TEST)):
             for index in range(count):
@@ -67,31 +66,20 @@ def prepare(work: Path) -> dict[str, str]:
             "file_ending": ".nii.gz",
         }  # fmt: skip
         save_json(content, raw / "dataset.json")
-    if not (preprocessed / "prepared").is_file():
-        log = work / "logs" / "prepare.log"
-        run_command(["nnUNetv2_extract_fingerprint", "-d", "950", "-np", "1", "--no_pbar"], env, log)
-        run_command(["nnUNetv2_plan_experiment", "-d", "950"], env, log)
-        edit_plans(preprocessed / f"{PLANS}.json")
-        run_command(["nnUNetv2_preprocess", "-d", "950", "-c", CONFIGURATION, "-np", "1", "--no_pbar"], env, log)
+    folder = prepare_dataset(DATASET, env, work / "logs", edit_plans)
+    if not (folder / "splits_final.json").is_file():
         cases = [f"case_{i:03d}" for i in range(TRAIN)]
         folds = [cases[k::FOLDS] for k in range(FOLDS)]
         splits = [{"train": [c for c in cases if c not in val], "val": val} for val in folds]
-        (preprocessed / "splits_final.json").write_text(json.dumps(splits))
-        (preprocessed / "prepared").touch()
+        save_json(splits, folder / "splits_final.json")
     return env
 
 
 def edit_plans(file: Path) -> None:
-    """A network that two CPU cores train in minutes; a second plans file of it has dropout."""
+    """A small network; a second plans file of it has dropout."""
+    shrink(file, [SIZE] * 3, (8, 16, 32, 64), ([1] * 3, *[[2] * 3] * 3))
     plans = load_json(file)
-    configuration = plans["configurations"][CONFIGURATION]
-    configuration.update(patch_size=[SIZE] * 3, batch_size=2)
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": 4, "features_per_stage": [8, 16, 32, 64], "strides": [[1] * 3] + [[2] * 3] * 3,
-        "kernel_sizes": [[3] * 3] * 4, "n_conv_per_stage": [2] * 4, "n_conv_per_stage_decoder": [2] * 3,
-    }  # fmt: skip
-    save_json(plans, file)
-    kwargs = configuration["architecture"]["arch_kwargs"]
+    kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
     kwargs.update(dropout_op="torch.nn.modules.dropout.Dropout3d", dropout_op_kwargs={"p": 0.1, "inplace": False})
     plans["plans_name"] = f"{PLANS}Dropout"
     save_json(plans, file.with_name(f"{PLANS}Dropout.json"))

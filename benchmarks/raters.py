@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from common import load_json, predict, save_json, temperature
-from rater_data import CONFIGURATION, DATASET, FOLDS, PLANS, prepare
+from common import CONFIGURATION, PLANS, load_json, predict, save_json, temperature, train_fold
+from rater_data import DATASET, FOLDS, prepare
 from scipy.ndimage import binary_dilation
 from scipy.special import entr
 
-from nnunet_diffext.demo.commands import run_command
 from nnunet_diffext.evaluation.cases import read_probabilities
 from nnunet_diffext.evaluation.provenance import provenance
 from nnunet_diffext.files import FINAL
@@ -87,7 +85,7 @@ class Benchmark:
     """Trains, predicts and scores; what is finished is not repeated."""
 
     def __init__(self, work: Path, epochs: int, iterations: int, out: Path) -> None:
-        self.work, self.out = work, out
+        self.work, self.out, self.logs = work, out, work / "logs"
         self.budget = f"{epochs}epochs_{iterations}iters_2valiters"
         self.env = prepare(work)
         self.raw = Path(self.env["nnUNet_raw"]) / DATASET
@@ -97,24 +95,15 @@ class Benchmark:
         """Trainer name of the stock nnU-Net."""
         return f"nnUNetTrainer_{self.budget}_seed{seed}"
 
-    def folder(self, trainer: str, plans: str = PLANS) -> Path:
-        """Model folder."""
-        return self.results / f"{trainer}__{plans}__{CONFIGURATION}"
-
     def train(self, trainer: str, fold: int = 0, plans: str = PLANS) -> Path:
-        """One training through the stock command."""
-        output = self.folder(trainer, plans) / f"fold_{fold}"
-        if not (output / FINAL).is_file():
-            shutil.rmtree(output, ignore_errors=True)
-            env = {**self.env, "nnUNet_diffext_prior": str(self.folder(self.prior()))}
-            command = ["nnUNetv2_train", "950", CONFIGURATION, str(fold), "-tr", trainer, "-p", plans, "-device", "cpu"]
-            run_command(command, env, self.work / "logs" / f"{trainer}_{plans}_{fold}.log")
-        return self.folder(trainer, plans)
+        """One training around the prior of seed 1, if it needs one; returns the model folder."""
+        prior = str(self.results / f"{self.prior()}__{PLANS}__{CONFIGURATION}")
+        return train_fold(DATASET, trainer, self.env, self.logs, fold, plans, nnUNet_diffext_prior=prior)
 
     def predict(self, name: str, model: Path, *flags: str, images: str = "imagesTs") -> dict[str, np.ndarray]:
         """Foreground probabilities of the test cases, through ``nnunet_diffext predict`` without mirroring."""
         out = self.work / "predictions" / name.replace(" ", "_")
-        predict(self.raw / images, out, model, 0, self.env, self.work / "logs", *flags)
+        predict(self.raw / images, out, model, 0, self.env, self.logs, "--save_probabilities", *flags)
         return {f.stem: read_probabilities(f)[1] for f in sorted(out.glob("*.npz"))}
 
     def record(self, name: str, probabilities: dict[str, np.ndarray], **more: Any) -> None:
@@ -130,7 +119,7 @@ class Benchmark:
         """The prior, with temperature, ensemble, MC dropout."""
         model = self.train(self.prior())
         self.record("nnU-Net", self.predict("prior", model, "--no_temperature"))
-        fitted = temperature(model, 0, self.env, self.work / "logs")
+        fitted = temperature(model, 0, self.env, self.logs)
         self.record("nnU-Net + temperature", self.predict("prior_T", model), temperature=fitted)
         members = [self.predict(f"seed{s}", self.train(self.prior(s)), "--no_temperature") for s in (1, 2, 3)]
         self.record("ensemble of 3", {c: np.mean([m[c] for m in members], axis=0) for c in members[0]})
