@@ -1,7 +1,7 @@
 """Diffusion core: schedules, parameterisations, samplers, noise and the label codec. Torch only, no nnU-Net, no I/O."""
 
 from .labels import LabelSpace
-from .noise import gaussian_noise, seeded_noise
+from .noise import gaussian_noise, seeded_noise, start_of_sample
 from .parameterization import PredictionKind, target, to_eps, to_x0
 from .samplers import ddim, ddpm, dpm_solver_pp_2m, one_step, trailing_timesteps
 from .schedules import SCHEDULES, NoiseSchedule, betas, rescale_zero_terminal_snr
@@ -19,6 +19,7 @@ __all__ = [
     "one_step",
     "rescale_zero_terminal_snr",
     "seeded_noise",
+    "start_of_sample",
     "target",
     "to_eps",
     "to_x0",

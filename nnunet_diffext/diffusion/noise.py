@@ -1,4 +1,9 @@
-"""Gaussian noise that is the same everywhere: on every device, in every tile, and, if wanted, in every mirror pass."""
+"""Gaussian noise that is the same everywhere: on every device, in every tile, and, if wanted, in every mirror pass.
+
+Samples of one image come in pairs that start from opposite noise: negatively correlated, hence a better mean and more
+different alternatives from as many samples, each of which is drawn from the same distribution as before (Jia et al.,
+Antithetic Noise in Diffusion Models, arXiv 2506.06185).
+"""
 
 from __future__ import annotations
 
@@ -56,3 +61,8 @@ def seeded_noise(
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return gaussian_noise(shape, generator=generator, device="cpu", mirror_axes=mirror_axes).to(device, dtype)
+
+
+def start_of_sample(sample: int, seed: int) -> tuple[int, int]:
+    """Seed and sign of the noise that sample m = 0, 1, ... starts from: N, -N, N', -N', ..."""
+    return seed + sample // 2, -1 if sample % 2 else 1

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffext.diffusion import seeded_noise
+from nnunet_diffext.diffusion import seeded_noise, start_of_sample
 from nnunet_diffext.inference.stored import no_space
 from nnunet_diffext.networks.sampling import Sampling
 
@@ -88,31 +88,34 @@ def mirror_combinations(axes: Sequence[int] | None) -> list[tuple[int, ...]]:
 
 
 class NoiseFields:
-    """One standard normal field ``(1, K, *volume)`` per sample over the padded volume: overlapping tiles agree.
+    """The standard normal field ``(1, K, *volume)`` of every sample over the padded volume: overlapping tiles agree.
 
-    Each is drawn whole by :func:`seeded_noise` and kept in a temporary file: memory holds one at a time, while it is
-    drawn, and not M of them.
+    A pair of samples shares one, with opposite signs. Each is drawn whole by :func:`seeded_noise` and kept in a
+    temporary file: memory holds one at a time, while it is drawn.
 
     Args:
         channels: K.
         volume: spatial shape after padding.
-        seeds: one per sample.
+        samples: M.
+        seed: of the first pair.
 
     Raises:
         ValueError: the disk of the temporary folder is full.
     """
 
-    def __init__(self, channels: int, volume: Sequence[int], seeds: Sequence[int]) -> None:
+    def __init__(self, channels: int, volume: Sequence[int], samples: int, seed: int = 0) -> None:
+        self._starts = [start_of_sample(m, seed) for m in range(samples)]
         self.shape = (1, channels, *volume)
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="nnunet_diffext_noise_", ignore_cleanup_errors=True)
-            self._fields = [self._draw(seed) for seed in seeds]
+            self._fields = {n: self._draw(n) for n in dict.fromkeys(n for n, _ in self._starts)}
         except OSError as error:
             raise no_space(error.strerror or error) from error
 
     def crop(self, index: int, where: tuple[int | slice, ...]) -> Tensor:
         """Noise of sample ``index`` for the tile at ``where`` (an index into ``(C, *volume)``): ``(1, K, *patch)``."""
-        return self._fields[index][(slice(None), *where)].clone()
+        seed, sign = self._starts[index]
+        return sign * self._fields[seed][(slice(None), *where)]
 
     def _draw(self, seed: int) -> Tensor:
         size = math.prod(self.shape)

@@ -138,7 +138,9 @@ class Predictor:
         noise = None
         if sampling.samples:
             volume = padded(image, self.model.configuration.patch_size)[0].shape[1:]
-            noise = NoiseFields(getattr(self._network, "noise_channels", space.num_heads), volume, sampling.seeds)
+            noise = NoiseFields(
+                getattr(self._network, "noise_channels", space.num_heads), volume, sampling.samples, sampling.seed
+            )
         # The compiled network, if it is; `sample` of a compiled module is that of the module itself.
         tiles = TileEnsemble(
             self.nnunet.network, space, self.model.labels.apply_inference_nonlin, mirrors=self.mirrors,

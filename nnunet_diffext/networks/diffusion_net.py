@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, seeded_noise
+from nnunet_diffext.diffusion import LabelSpace, NoiseSchedule, seeded_noise, start_of_sample
 from nnunet_diffext.networks.sampling import Sampling
 
 
@@ -94,11 +94,11 @@ class DiffusionNet(nn.Module):
         self._kept = None
         known, total, images = self.known(image), 0.0, len(image)
         for batch in s.batches(image[0, 0].numel(), images):
-            seeds = s.seeds[batch.start : batch.stop]
-            noise = torch.cat([seeded_noise(shape, n, device=image.device, mirror_axes=axes) for n in seeds])
-            noise = noise.expand(max(images, len(batch)), *shape[1:])
+            starts = [start_of_sample(m, s.seed) for m in batch]
+            noise = [sign * seeded_noise(shape, n, device=image.device, mirror_axes=axes) for n, sign in starts]
+            noise = torch.cat(noise).expand(max(images, len(batch)), *shape[1:])
             around = _for_samples(known, len(noise))
-            drawn = self.draw_probabilities(around, noise, steps=s.steps, sampler=s.sampler, seed=seeds[0])
+            drawn = self.draw_probabilities(around, noise, steps=s.steps, sampler=s.sampler, seed=s.seed + batch.start)
             total = total + (drawn if images > 1 else drawn.sum(0, keepdim=True))
         return total / s.samples
 

@@ -32,19 +32,14 @@ _ON_THE_WAY = 0x5DEECE66
 class Sampling:
     """How probabilities are drawn: the mean of ``samples`` runs of ``steps`` denoiser evaluations each.
 
-    Sample ``m`` uses ``seed + m``, for its noise field and inside the sampler. ``samples=0`` asks a network for its
-    deterministic prediction, whatever that is.
+    Samples ``2k`` and ``2k + 1`` start from the noise of ``seed + k`` and its negative; noise on the way is that of
+    ``seed + m``. ``samples=0`` asks a network for its deterministic prediction, whatever that is.
     """
 
     samples: int = 1
     steps: int = 1
     sampler: str = "ddim"
     seed: int = 0
-
-    @property
-    def seeds(self) -> range:
-        """One per sample."""
-        return range(self.seed, self.seed + self.samples)
 
     @property
     def adds_noise(self) -> bool:

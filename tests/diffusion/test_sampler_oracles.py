@@ -8,8 +8,11 @@ from denoisers import SAMPLERS, BernoulliDenoiser, T, one_step_sampler, smooth_m
 
 from nnunet_diffext.diffusion import (
     NoiseSchedule,
+    ddim,
     ddpm,
     one_step,
+    seeded_noise,
+    start_of_sample,
     target,
     to_eps,
     trailing_timesteps,
@@ -107,6 +110,18 @@ def test_bernoulli_frequency_without_monte_carlo_noise(name, p):
     quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count).view(-1, 1)
     samples = SAMPLERS[name](BernoulliDenoiser(schedule, p), quantiles, schedule, 300)
     assert (samples > 0).float().mean().item() == pytest.approx(p, abs=0.005)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
+def test_means_of_samples_from_opposite_noise_vary_less(p):
+    """With the exact denoiser the top p of the noise gives 1, so a pair has 2 p ones on average and never two."""
+    count, schedule = 20_000, NoiseSchedule("cosine", T, zero_terminal_snr=True)
+    starts = [start_of_sample(m, 0) for m in range(4)]
+    fields = [sign * seeded_noise((count, 1), seed) for seed, sign in starts]
+    samples = torch.stack([ddim(BernoulliDenoiser(schedule, p), x_T, schedule, 300) > 0 for x_T in fields])
+    assert samples.float().mean() == pytest.approx(p, abs=0.01)
+    variance = samples.float().mean(0).var().item()
+    assert variance == pytest.approx(2 * (2 * p) * (1 - 2 * p) / 16, abs=0.002) and variance < p * (1 - p) / 4
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])

@@ -40,7 +40,7 @@ def nonlinearity(regions: bool):
 def predict(regions: bool, samples: int, mirrors: list[tuple[int, ...]], **options) -> tuple[Ensemble, torch.Tensor]:
     """The ensemble of a single tile, and its members ``(N, K, *)`` made by hand."""
     heads, image = (2 if regions else 3), torch.randn(1, 1, *SHAPE, generator=torch.Generator().manual_seed(2))
-    network, noise = Noisy(heads, regions), NoiseFields(heads, SHAPE, range(samples))
+    network, noise = Noisy(heads, regions), NoiseFields(heads, SHAPE, samples)
     tiles = TileEnsemble(
         network, LabelSpace(heads, regions), nonlinearity(regions), mirrors=mirrors,
         sampling=Sampling(samples=samples), noise=noise, **options,
