@@ -37,6 +37,7 @@ from nnunet_diffext.demo.commands import CommandResult, EpochReport, nnunet_envi
 from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
 from nnunet_diffext.evaluation.metrics import METRICS, json_ready
 from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.files import RECONSTRUCTION
 from nnunet_diffext.trainers import TRAINERS
 from nnunet_diffext.variants import split_name
 
@@ -44,7 +45,6 @@ PLANS = "nnUNetPlansQ"
 TABLE2 = ("CEonly", "DEonly", "fixedAverage", "noCACL", "dmed", "noCACL_IEFA", "IEFA")
 STOCK = {"stock4": 0, "stock4long": 0, "stock64": 1}
 FOLDS = {"tune": 2, "all": 1}
-RECONSTRUCTION = "reconstruction.json"
 LABEL = "left atrium"
 
 

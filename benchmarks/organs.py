@@ -25,6 +25,7 @@ from nnunet_diffext.demo.commands import nnunet_environment
 from nnunet_diffext.demo.synthetic import LABELS, write_dataset
 from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
 from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.files import RECONSTRUCTION
 
 DATASET = "Dataset951_Organs"
 TRAIN, VAL, TEST = 24, 4, 20
@@ -82,7 +83,7 @@ class Benchmark:
         if trainer.startswith("LEAF"):
             codec = self.train(AUTOENCODER)
             variables["nnUNet_diffext_codec"] = str(codec)
-            found = load_json(codec / "fold_0" / "validation" / "reconstruction.json")
+            found = load_json(codec / "fold_0" / "validation" / RECONSTRUCTION)
             self.record("reconstruction of unseen labels by the autoencoder", {"reconstruction": found})
         return train_fold(DATASET, f"{trainer}_{self.budget}", self.env, self.logs, **variables)
 

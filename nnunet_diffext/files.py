@@ -14,6 +14,8 @@ FINAL = "checkpoint_final.pth"
 """nnU-Net's name for the checkpoint of a finished fold."""
 CALIBRATION = "calibration.json"
 """In a model folder, by ``nnunet_diffext calibrate``."""
+RECONSTRUCTION = "reconstruction.json"
+"""In the validation folder of a training that segments nothing but reconstructs, by its trainer."""
 QUALITY, UNCERTAINTY = "quality.csv", "uncertainty"
 """Scores and folder of maps in a folder of predictions, by ``nnunet_diffext predict``."""
 

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.data.dataset import foreground
-from nnunet_diffext.files import write_atomically
+from nnunet_diffext.files import RECONSTRUCTION, write_atomically
 from nnunet_diffext.networks.mask_autoencoder import AutoencoderOutput, MaskAutoencoder
 from nnunet_diffext.settings import setting
 from nnunet_diffext.trainers.adam import AdamSettings, AdamTrainer
 from nnunet_diffext.trainers.configured import CUDA
-
-RESULT = "reconstruction.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,7 @@ class MaskAutoencoderTrainer(AdamTrainer):
             return
         names = foreground(self.dataset_json, unique=False)
         named = dict(zip(names, map(float, dice[-1]), strict=True))
-        file = Path(self.output_folder) / "validation" / RESULT
+        file = Path(self.output_folder) / "validation" / RECONSTRUCTION
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"dice": named}, indent=1) + "\n")
         self.print_to_log_file("Reconstruction Dice:", ", ".join(f"{name} {d:.4f}" for name, d in named.items()))

@@ -14,15 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnunet_diffext.data.pool import UnlabeledPool
-from nnunet_diffext.files import write_atomically
+from nnunet_diffext.files import RECONSTRUCTION, write_atomically
 from nnunet_diffext.losses.diffusion import masked_error
 from nnunet_diffext.networks.masked_autoencoder import M4oEAutoencoder, ReconstructionOutput
 from nnunet_diffext.settings import setting
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.multimodal import MultimodalTrainer, SwinSettings
 from nnunet_diffext.trainers.semisupervised import SemiSupervisedTrainer
-
-RESULT = "reconstruction.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +136,6 @@ class M4oEPretrainTrainer(MultimodalTrainer, AdamTrainer, SemiSupervisedTrainer)
         explained = self.logger.local_logger.my_fantastic_logging["mean_fg_dice"]
         if self.local_rank > 0 or not explained:
             return
-        file = Path(self.output_folder) / "validation" / RESULT
+        file = Path(self.output_folder) / "validation" / RECONSTRUCTION
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"explained_variance": float(explained[-1])}, indent=1) + "\n")

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from nnunet_diffext.files import FINAL
 from nnunet_diffext.inference.grid import ModelPlans, preprocess, probabilities_to_original
 from nnunet_diffext.inference.members import mirror_combinations
-from nnunet_diffext.inference.model_folder import load_predictor
+from nnunet_diffext.inference.model_folder import load_predictor, network_of
 from nnunet_diffext.inference.sliding import Tile, average_over_tiles
 from nnunet_diffext.networks.dmed import DMEDNet
 
@@ -86,7 +86,7 @@ def expert_maps(
         NotImplementedError: a cascade, whose second stage needs the first one's segmentation.
     """
     predictor = load_predictor(model_folder, (fold,), checkpoint=checkpoint, device=device, mirroring=mirroring)
-    net = getattr(predictor.network, "_orig_mod", predictor.network)  # nnUNet_compile wraps it
+    net = network_of(predictor)
     if not isinstance(net, DMEDNet):
         raise ValueError(f"{model_folder} holds a {predictor.trainer_name}; expert maps exist for DMEDSegTrainer only.")
     model = ModelPlans.of(predictor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nnunet_diffext.inference.model_folder import network_of
+
 TRAINER = "M4oETrainer"
 
 
@@ -16,7 +18,7 @@ def set_modality(nnunet: Any, name: str) -> None:
     Raises:
         ValueError: no M4oE model, or it does not know the modality, or was never trained on it.
     """
-    network = getattr(nnunet.network, "_orig_mod", nnunet.network)
+    network = network_of(nnunet)
     known = getattr(network, "modalities", None)
     if known is None or not hasattr(network, "modality"):
         raise ValueError(f"--modality: this model knows of no modalities; {TRAINER} trains one that does.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from torch import nn
 
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
 from nnunet_diffext.data.dataset import dataset_name, nnunet_folder
@@ -139,3 +140,8 @@ def load_predictor(
         )  # fmt: skip
     predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
     return predictor
+
+
+def network_of(predictor: nnUNetPredictor) -> nn.Module:
+    """The network itself, where ``nnUNet_compile`` has wrapped it."""
+    return getattr(predictor.network, "_orig_mod", predictor.network)

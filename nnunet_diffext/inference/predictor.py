@@ -21,7 +21,7 @@ from nnunet_diffext.inference.ensemble import Ensemble, TileEnsemble
 from nnunet_diffext.inference.export import to_case_result
 from nnunet_diffext.inference.grid import ModelPlans, preprocess
 from nnunet_diffext.inference.members import NoiseFields, mirror_combinations, resolve_sampling
-from nnunet_diffext.inference.model_folder import FINAL, load_predictor
+from nnunet_diffext.inference.model_folder import FINAL, load_predictor, network_of
 from nnunet_diffext.inference.sliding import average_over_tiles, padded, tile_positions
 from nnunet_diffext.networks.sampling import Sampling
 
@@ -110,7 +110,7 @@ class Predictor:
 
     @property
     def _network(self) -> nn.Module:
-        return getattr(self.nnunet.network, "_orig_mod", self.nnunet.network)  # nnUNet_compile wraps it
+        return network_of(self.nnunet)
 
     def tiles(self, data: np.ndarray) -> int:
         """Into how many tiles the sliding window cuts a preprocessed image ``(C, *)``."""

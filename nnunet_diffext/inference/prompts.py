@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_diffext.data.prompts import PromptError, with_changes
+from nnunet_diffext.inference.model_folder import network_of
 from nnunet_diffext.pretrained.text import VARIABLE, TextTokens, load_text_encoder
 from nnunet_diffext.settings import PLANS_KEY
 
@@ -31,7 +32,7 @@ def change_prompts(nnunet: Any, changes: Mapping[str, str]) -> dict[str, str]:
         PretrainedError: the text encoder cannot be loaded, or takes no text of this length.
     """
     settings = nnunet.plans_manager.plans.get(PLANS_KEY, {}).get(TRAINER)
-    network = getattr(nnunet.network, "_orig_mod", nnunet.network)
+    network = network_of(nnunet)
     if settings is None or not hasattr(network, "tokens"):
         raise PromptError(f"--prompt: this model takes no text; {TRAINER} trains one that does.")
     if settings["text"] != "tokens":
