@@ -42,14 +42,18 @@ class PGRDSettings(DiffusionSettings):
             },
         ),
         "paper": (
-            "the paper's recipe: kappa = 1, uniform t, softmax over tau_out, five samples of 300 DDIM steps",
+            "the paper's recipe: kappa = 1, uniform t, softmax over tau_out, five samples of 300 DDIM steps, learning "
+            "rate 1e-3",
             {
                 "kappa": 1.0, "terminal_share": 0.0, "readout": "softmax", "steps": 300, "step_power": 1.0,
-                "samples": 5, "prior_kind": "insample", "ema_decay": 0.0,
+                "samples": 5, "prior_kind": "insample", "ema_decay": 0.0, "initial_lr": 1e-3,
             },
         ),
     }  # fmt: skip
 
+    initial_lr: float = setting(
+        3e-4, "initial learning rate of AdamW, decayed with power 0.9; 1e-3 in the paper", number="lr#", minimum=0
+    )
     prior_trainer: str = setting(
         "nnUNetTrainer", "trainer of the prior; the variable nnUNet_diffext_prior names a model folder instead"
     )
