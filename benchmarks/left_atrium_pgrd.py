@@ -127,12 +127,21 @@ class Benchmark:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown, one table per group."""
+    """Markdown, one table per group; of the curve, one column per number of steps."""
     lines: list[str] = []
     for group in sorted(set(content) - {"provenance"}):
-        lines += [f"{group}:", "", "| | Dice | NLL, band | ECE, band | NLL | ECE |", "|---" * 6 + "|"]
-        for name, row in content[group].items():
-            lines.append(f"| {name} | " + " | ".join(f"{row[k]:.4f}" for k in ("dice", *FIGURES)) + " |")
+        rows, curve = content[group], group.startswith("curve")
+        header = [str(s) for s in STEPS] if curve else ["Dice", "NLL, band", "ECE, band", "NLL", "ECE"]
+        lines += [f"{group}:", "", "| | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
+        if curve:
+            for key in ("dice", "nll_band", "ece_band"):
+                for name in CURVE:
+                    found = [rows.get(f"{name}, {steps}", {}).get(key) for steps in STEPS]
+                    cells = ["" if value is None else f"{value:.4f}" for value in found]
+                    lines.append(f"| {name}, {key} | " + " | ".join(cells) + " |")
+        else:
+            for name, row in rows.items():
+                lines.append(f"| {name} | " + " | ".join(f"{row[k]:.4f}" for k in ("dice", *FIGURES)) + " |")
         lines.append("")
     return "\n".join(lines)
 
