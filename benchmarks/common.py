@@ -86,11 +86,11 @@ def predict(images: Path, out: Path, model: Path, fold: int, env: dict[str, str]
     run_command(command, env, logs / f"predict_{out.name}.log")
 
 
-def temperature(model: Path, fold: int, env: dict[str, str], logs: Path) -> float | None:
-    """Fit and store a model's temperature on the validation volumes of a fold, through ``nnunet_diffext calibrate``."""
+def temperature(model: Path, fold: int, env: dict[str, str], logs: Path) -> float:
+    """Fitted on the validation volumes of a fold by ``nnunet_diffext calibrate``, which stores it in the model folder."""
     command = ["nnunet_diffext", "calibrate", "-m", str(model), "-f", str(fold), "--disable_tta", "-device", "cpu"]
-    run_command(command, env, logs / f"calibrate_{model.name}.log")
-    return load_json(model / CALIBRATION).get("temperature")
+    run_command(command, env, logs / f"calibrate_{model.name}_{fold}.log")
+    return load_json(model / CALIBRATION)["temperature"]
 
 
 def _format(values: list[float | None], scale: float, digits: int) -> str:

@@ -5,9 +5,10 @@
     python benchmarks/left_atrium_pgrd.py --data .../Dataset910_LeftAtrium --work DIR --labels 64 --curve
     python benchmarks/left_atrium_pgrd.py --table
 
-Plans, iterations and the 16 validation volumes are those of left_atrium.py. The temperature of the prior is fitted on
-these very volumes: the best that any temperature can do for it. PGRD knows of them how large the prior's errors are
-there, because it trains around a prior that is made to err as much ('corrupted'). No mirroring.
+Plans, iterations and the 16 validation volumes are those of left_atrium.py. Temperatures, of the prior and of PGRD, are
+fitted on these very volumes. PGRD knows of them how large the prior's errors are there, because it trains around a
+prior that is made to err as much ('corrupted'). No mirroring. A model folder has one temperature, so the runs of 4 and
+64 labels must not overlap in time.
 The curve (the paper's Fig. 3) has one sample per number of steps on the first volumes of the validation set; the name
 of the vanilla DDPM has ten steps, because nnU-Net's validation after the training would take a thousand.
 """
@@ -37,8 +38,8 @@ FIGURES = ("nll_band", "ece_band", "nll", "ece")
 class Benchmark:
     """Trains, predicts and scores; trainings that are finished are not repeated."""
 
-    def __init__(self, data: Path, work: Path, epochs: int, iterations: int, out: Path) -> None:
-        self.data, self.work, self.out = data, work, out
+    def __init__(self, data: Path, work: Path, epochs: int, iterations: int, out: Path, tokens: str) -> None:
+        self.data, self.work, self.out, self.tokens = data, work, out, tokens
         self.epochs, self.iterations = epochs, iterations
         self.env = prepare(data, work)
         self.results = Path(self.env["nnUNet_results"]) / data.name
@@ -88,13 +89,12 @@ class Benchmark:
         scores["dice_per_case"] = [row["metrics"][label]["Dice"] for row in result.report["metric_per_case"]]
         shutil.rmtree(out)
         print(f"{name}: " + ", ".join(f"{k} {scores[k]:.4f}" for k in ("dice", *FIGURES)), flush=True)
-        return scores | {"seconds": round(seconds, 1), "cases": count}
+        return scores | {"seconds": round(seconds, 1), "cases": count, "model": model.name, "provenance": provenance()}
 
     def record(self, group: str, name: str, entry: Any) -> None:
         """Add to the result file."""
         content = load_json(self.out)
         content.setdefault(group, {})[name] = json_ready(entry)
-        content.setdefault("provenance", provenance())
         save_json(content, self.out)
 
     def calibration(self, labels: int) -> None:
@@ -104,26 +104,26 @@ class Benchmark:
         fitted = temperature(prior, fold, self.env, self.work / "logs")
         scores = self.score(f"{labels} prior T", prior, fold)
         self.record(group, "nnU-Net + temperature", scores | {"temperature": fitted})
-        model = self.train("PGRDTrainer", labels)
+        model, name = self.train(f"PGRDTrainer{self.tokens}", labels), f"PGRD{self.tokens}"
         flags = ("--no_temperature", "-samples")
-        self.record(group, "PGRD, one step", self.score(f"{labels} one step", model, fold, *flags, "0"))
+        self.record(group, f"{name}, one step", self.score(f"{labels} one step", model, fold, *flags, "0"))
         fitted = temperature(model, fold, self.env, self.work / "logs")
         scores = self.score(f"{labels} one step T", model, fold, "-samples", "0")
-        self.record(group, "PGRD, one step + temperature", scores | {"temperature": fitted})
+        self.record(group, f"{name}, one step + temperature", scores | {"temperature": fitted})
         several = (*flags, "4", "-steps", "10")
-        self.record(group, "PGRD, 10 steps x 4", self.score(f"{labels} 10 x 4", model, fold, *several))
+        self.record(group, f"{name}, 10 steps x 4", self.score(f"{labels} 10 x 4", model, fold, *several))
 
     def curve(self, labels: int, names: list[str], count: int) -> None:
         """One sample for every number of steps."""
         for name in names:
             tokens, sampler = CURVE[name]
-            model = self.train(f"PGRDTrainer{tokens}", labels)
+            model = self.train(f"PGRDTrainer{tokens}{self.tokens}", labels)
             for steps in STEPS:
                 if steps == 1 and sampler == "ddpm":
                     continue  # one step from pure noise is undefined for noise prediction
                 flags = ("--no_temperature", "-samples", "1", "-steps", str(steps), "-sampler", sampler)
                 scores = self.score(f"curve {name} {steps}", model, FOLDS[labels], *flags, count=count)
-                self.record(f"curve, {labels} labels", f"{name}, {steps}", scores)
+                self.record(f"curve, {labels} labels", f"{name}{self.tokens}, {steps}", scores)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -135,7 +135,7 @@ def table(content: dict[str, Any]) -> str:
         lines += [f"{group}:", "", "| | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
         if curve:
             for key in ("dice", "nll_band", "ece_band"):
-                for name in CURVE:
+                for name in dict.fromkeys(row.rpartition(",")[0] for row in rows):
                     found = [rows.get(f"{name}, {steps}", {}).get(key) for steps in STEPS]
                     cells = ["" if value is None else f"{value:.4f}" for value in found]
                     lines.append(f"| {name}, {key} | " + " | ".join(cells) + " |")
@@ -153,6 +153,7 @@ def main() -> int:
     parser.add_argument("--labels", nargs="+", type=int, choices=list(FOLDS), default=[64])
     parser.add_argument("--curve", nargs="*", choices=list(CURVE), help="the curve over steps, of these (default: all)")
     parser.add_argument("--curve-cases", type=int, default=4)
+    parser.add_argument("--tokens", default="", help="more tokens for PGRD, such as _lr1e-3; they name the rows, too")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--iters", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -161,7 +162,7 @@ def main() -> int:
     if not args.table:
         if args.data is None or args.work is None:
             parser.error("--data and --work are needed, except with --table")
-        benchmark = Benchmark(args.data.resolve(), args.work, args.epochs, args.iters, args.out)
+        benchmark = Benchmark(args.data.resolve(), args.work, args.epochs, args.iters, args.out, args.tokens)
         for labels in args.labels:
             if args.curve is None:
                 benchmark.calibration(labels)

@@ -101,8 +101,8 @@ class Benchmark:
     def record(self, name: str, scores: dict[str, dict[str, float]], **more: Any) -> None:
         """Add one row to the result file."""
         content = load_json(self.out)
-        content.setdefault("rows", {})[name] = {"dice": scores, "budget": self.budget, **more}
-        content.setdefault("provenance", provenance())
+        row = {"dice": scores, "budget": self.budget, "provenance": provenance(), **more}
+        content.setdefault("rows", {})[name] = row
         save_json(content, self.out)
         print(f"{name}: " + ", ".join(f"{m} {np.mean(list(s.values())):.4f}" for m, s in scores.items()), flush=True)
 

@@ -110,8 +110,7 @@ class Benchmark:
         """Add one row to the result file."""
         content = load_json(self.out)
         scores = evaluate(probabilities, self.raw)
-        content.setdefault("rows", {})[name] = scores | more
-        content.setdefault("provenance", provenance())
+        content.setdefault("rows", {})[name] = scores | more | {"provenance": provenance()}
         save_json(content, self.out)
         print(f"{name}: " + ", ".join(f"{k} {scores[k]:.4f}" for k in ("nll", "kl", "ece", "dice")), flush=True)
 
@@ -126,13 +125,13 @@ class Benchmark:
         dropout = self.train(self.prior(), plans=f"{PLANS}Dropout")
         self.record("MC dropout, 16 passes", mc_dropout(dropout, self.raw, self.env, passes=16))
 
-    def pgrd(self, rows: list[str]) -> None:
+    def pgrd(self, rows: list[str], tokens: str) -> None:
         """PGRD and its ablations around the prior of fold 0, out-of-fold priors from the other folds."""
         for fold in range(FOLDS):
             self.train(self.prior(), fold)
         for name in rows:
-            trainer = f"PGRDTrainer{PGRD_ROWS[name]}_{self.budget}_seed1"
-            model = self.train(trainer)
+            trainer = f"PGRDTrainer{PGRD_ROWS[name]}{tokens}_{self.budget}_seed1"
+            model, name = self.train(trainer), name + tokens
             for steps, samples in ((1, 1), (10, 4), (10, 16)):
                 flags = ["--no_temperature"]
                 if steps > 1:
@@ -143,7 +142,7 @@ class Benchmark:
                 else:
                     flags += ["-samples", "0"]
                 label = f"{name}, one step" if steps == 1 else f"{name}, {steps} steps x {samples}"
-                self.record(label, self.predict(label.replace(",", ""), model, *flags))
+                self.record(label, self.predict(label.replace(",", ""), model, *flags), trainer=trainer)
 
 
 def mc_dropout(model: Path, raw: Path, env: dict[str, str], passes: int) -> dict[str, np.ndarray]:
@@ -191,6 +190,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--iters", type=int, default=50)
     parser.add_argument("--rows", nargs="*", choices=list(PGRD_ROWS), default=list(PGRD_ROWS), help="which PGRD rows")
+    parser.add_argument("--tokens", default="", help="more tokens for PGRD, such as _lr1e-3; they name the rows, too")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
@@ -203,7 +203,7 @@ def main() -> int:
     benchmark = Benchmark(args.work, args.epochs, args.iters, args.out)
     if not args.no_baselines:
         benchmark.baselines()
-    benchmark.pgrd(args.rows)
+    benchmark.pgrd(args.rows, args.tokens)
     print(table(load_json(args.out)))
     return 0
 

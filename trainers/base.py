@@ -166,9 +166,10 @@ class DiffextTrainer(ConfiguredTrainer):
         self.bad_steps_in_a_row += 1
         if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
             values = {name: float(loss.detach()) for name, loss in losses.items()}
+            lower = f"lr{self.initial_lr / 10:.0e}"
             raise FloatingPointError(
                 f"{MAX_BAD_STEPS} steps in a row had non-finite gradients (losses of the last one: {values}). "
-                "Lower the learning rate (token lr1e-3) and check the images for extreme values; "
+                f"Lower the learning rate (token {lower}) and check the images for extreme values; "
                 f"checkpoints, if any, are in {self.output_folder}."
             )
 

@@ -97,7 +97,7 @@ def test_training_that_cannot_recover_is_given_up() -> None:
     batch["data"][:] = torch.nan
     for _ in range(base.MAX_BAD_STEPS - 1):
         trainer.train_step(batch)
-    with pytest.raises(FloatingPointError, match="50 steps in a row.*'sup': nan.*lr1e-3.*fold_0"):
+    with pytest.raises(FloatingPointError, match="50 steps in a row.*'sup': nan.*token lr1e-03.*fold_0"):
         trainer.train_step(batch)
 
 
