@@ -87,7 +87,7 @@ def predict(images: Path, out: Path, model: Path, fold: int, env: dict[str, str]
 
 
 def temperature(model: Path, fold: int, env: dict[str, str], logs: Path) -> float:
-    """Fitted on the validation volumes of a fold by ``nnunet_diffext calibrate``, which stores it in the model folder."""
+    """Fitted on the validation volumes of a fold by ``nnunet_diffext calibrate``; it is stored in the model folder."""
     command = ["nnunet_diffext", "calibrate", "-m", str(model), "-f", str(fold), "--disable_tta", "-device", "cpu"]
     run_command(command, env, logs / f"calibrate_{model.name}_{fold}.log")
     return load_json(model / CALIBRATION)["temperature"]
