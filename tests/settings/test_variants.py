@@ -202,6 +202,14 @@ def test_the_papers_recipe() -> None:
     assert s.coupled  # eq. 4 trains everything through the fused prediction
 
 
+def test_the_recipe_of_pgrd() -> None:
+    """Section III-A, without anything of ours."""
+    s = find_trainer("PGRDTrainer").Settings(**find_trainer("PGRDTrainer_paper").overrides)
+    assert (s.initial_lr, s.ema_decay, s.prior_kind, s.terminal_share) == (1e-3, 0.0, "insample", 0.0)
+    assert (s.kappa, s.readout, s.steps, s.step_power, s.sampler) == (1.0, "softmax", 300, 1.0, "ddim")
+    assert find_trainer("PGRDTrainer").Settings().initial_lr == 3e-4
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
