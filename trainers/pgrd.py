@@ -39,6 +39,7 @@ class PGRDSettings(DiffusionSettings):
             {
                 "guided": False, "levels": 0, "readout": "simplex", "kind": "eps", "zero_terminal_snr": False,
                 "steps": 1000, "step_power": 1.0, "sampler": "ddpm", "terminal_share": 0.0,
+                "initial_lr": 1e-3,
             },
         ),
         "paper": (

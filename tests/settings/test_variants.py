@@ -208,6 +208,7 @@ def test_the_recipe_of_pgrd() -> None:
     assert (s.initial_lr, s.ema_decay, s.prior_kind, s.terminal_share) == (1e-3, 0.0, "insample", 0.0)
     assert (s.kappa, s.readout, s.steps, s.step_power, s.sampler) == (1.0, "softmax", 300, 1.0, "ddim")
     assert find_trainer("PGRDTrainer").Settings().initial_lr == 3e-4
+    assert find_trainer("PGRDTrainer_vanillaDDPM").overrides["initial_lr"] == 1e-3
 
 
 @pytest.mark.parametrize(
