@@ -125,21 +125,22 @@ def edit_plans(file: Path) -> None:
 
 def prepare(work: Path, env: dict[str, str], atrium: Path | None) -> None:
     """Data, plans and preprocessing of every dataset, each made once."""
-    raw, preprocessed, log = Path(env["nnUNet_raw"]), Path(env["nnUNet_preprocessed"]), work / "logs" / "prepare.log"
+    raw, preprocessed, logs = Path(env["nnUNet_raw"]), Path(env["nnUNet_preprocessed"]), work / "logs"
+    log = logs / "prepare.log"
     if not (work / "tests" / "CT").is_dir():
         write_tests(work / "tests")
     for number, source in enumerate(SOURCES):
         if not (raw / source.name).is_dir():
             write_source(source, number, raw / source.name)
-        plan(source.name, env, log.parent)
+        plan(source.name, env, logs)
     sources = {s.name: s.modality for s in SOURCES}
     merge(sources, THREE, env, log)
-    plan(THREE, env, log.parent)
+    plan(THREE, env, logs)
     if atrium is None:
         return
     if not (raw / ATRIUM).is_dir():
         link_atrium(atrium, raw / ATRIUM, work / "tests")
-    plan(ATRIUM, env, log.parent)
+    plan(ATRIUM, env, logs)
     merge({**sources, ATRIUM: ATRIUM_MODALITY}, FOUR, env, log)
     done = preprocessed / FOUR / "prepared"
     if not done.is_file():
