@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffext.data.dataset import channel_names
 from nnunet_diffext.diffusion import LabelSpace
-from nnunet_diffext.losses.alignment import axial_slices, feature_alignment
+from nnunet_diffext.losses.alignment import feature_alignment
 from nnunet_diffext.losses.diffusion import masked_error
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.projector import PROJECTORS, Projector
@@ -24,12 +23,12 @@ from nnunet_diffext.networks.sampling import Sampling
 from nnunet_diffext.pretrained import PretrainedError
 from nnunet_diffext.pretrained.autoencoder import CHANNELS as COLOURS
 from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
-from nnunet_diffext.pretrained.vision import PatchTeacher, load_teacher, teacher_images
 from nnunet_diffext.settings import PLANS_KEY, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.latent import LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
+from nnunet_diffext.trainers.teacher import OWN, Teacher, find_teacher
 
 KL8 = "stabilityai/sd-vae-ft-mse"
 """The autoencoder of latent diffusion with stride 8 and 4 channels (Rombach et al. 2022)."""
@@ -99,8 +98,9 @@ class LEAFSettings(DiffusionSettings):
         2, "in 3D: axial slices per volume and step that the teacher sees", number="alignSlices#", minimum=1
     )
     teacher: str = setting(
-        "vit_small_patch14_reg4_dinov2.lvd142m", "timm name of the teacher; nnUNet_diffext_teacher names local weights",
-        switches={"vitb": "vit_base_patch14_reg4_dinov2.lvd142m"},
+        "vit_small_patch14_reg4_dinov2.lvd142m", "timm name of the teacher, or 'ownTeacher', a masked autoencoder of "
+        "the same images; nnUNet_diffext_teacher names local weights, or a model folder of M4oEPretrainTrainer",
+        switches={"vitb": "vit_base_patch14_reg4_dinov2.lvd142m", "ownTeacher": OWN},
     )  # fmt: skip
     projector: str = setting("mlp", "phi of eq. 5", choices=PROJECTORS, switches={"convProjector": "conv"})
 
@@ -114,7 +114,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         "Huang, Q., Lin, T., Chen, Z., Zheng, F. (2025). LEAF: Latent Diffusion with Efficient Encoder Distillation "
         "for Aligned Features in Medical Image Segmentation. MICCAI 2025."
     )
-    vision: PatchTeacher | None = None
+    vision: Teacher | None = None
     projector: nn.Module | None = None
     _token_width: int | None = None
 
@@ -160,7 +160,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         s = self.settings
         fresh = not self.was_initialized
         if fresh and s.lambda_align > 0 and not self._continues:
-            self.vision = load_teacher(s.teacher).to(self.device)
+            self.vision = find_teacher(self, s.teacher).to(self.device)
             self._token_width = self.vision.channels
         pretrained = self._find_autoencoder() if fresh and s.codec == "kl8" else None
         super().initialize()
@@ -180,10 +180,10 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         """A continued training loads its teacher if it still aligns.
 
         Raises:
-            PretrainedError: there is none, or another one than the training began with.
+            PretrainedError, StageError: there is none, or another one than the training began with.
         """
         if self.aligns and self.vision is None:
-            self.vision = load_teacher(self.settings.teacher).to(self.device)
+            self.vision = find_teacher(self, self.settings.teacher).to(self.device)
             if self.vision.channels != self._token_width:
                 raise PretrainedError(
                     f"The teacher has tokens of width {self.vision.channels}, but this training began with a teacher "
@@ -247,15 +247,13 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         if self.settings.lambda_seg > 0:
             losses["sup"] = self.estimate_loss(self.module.codec.decode(out.estimate), clean, valid, out.trust)
         if self.aligns:
-            losses["align"] = self.alignment(batch["data"], out.features)
+            losses["align"] = self.alignment(batch["data"], out.features, batch.get("keys"))
         return losses
 
-    def alignment(self, image: Tensor, features: Tensor) -> Tensor:
-        """Eq. 5 on axial slices, with the teacher's tokens on the grid of the features."""
+    def alignment(self, image: Tensor, features: Tensor, keys: Sequence[str] | None = None) -> Tensor:
+        """Eq. 5: features ``(B, F, *grid)`` of the U-Net against the teacher's tokens of the same places."""
         image = image[:, : len(channel_names(self.dataset_json))]  # in a cascade, masks of the stage before follow
-        image, features = axial_slices(image, features, self.settings.align_slices)
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            tokens = self.vision(teacher_images(image.float(), features.shape[2:], self.vision.patch))
+        features, tokens = self.vision.pair(image.float(), features, self.settings.align_slices, keys)
         return feature_alignment(self.projector(features), tokens)
 
 

@@ -79,13 +79,7 @@ class StagedTrainer(DiffextTrainer):
         return getattr(self.settings, self._trainer_key)
 
     def _fitting_stage(self) -> Stage:
-        plans = self.plans_manager.plans
-        names = [self.plans_manager.plans_name]
-        base = plans[PLANS_KEY].get(PLANNER_KEY, {}).get("base_plans")
-        names += [base] if base and base not in names else []
-        where = (plans["dataset_name"], self.configuration_name, self._wanted_trainer, names, self.fold)
-        stage = load_stage(find_model_folder(self.stage_name, *where), self.fold)
-        check_fits(stage, plans, self.configuration_name, self.dataset_json)
+        stage = fitting_stage(self, self.stage_name, self._wanted_trainer)
         self.check_stage(stage)
         return stage
 
@@ -100,6 +94,26 @@ class StagedTrainer(DiffextTrainer):
         """Settings in the model folder of the training that is continued or validated."""
         plans = Path(self.output_folder_base) / "plans.json"
         return json.loads(plans.read_text()).get(PLANS_KEY) if plans.is_file() else None
+
+
+def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str) -> Stage:
+    """The same fold of an earlier training on the same data, plans and labels.
+
+    Args:
+        trainer: the training that builds on it.
+        name: of the stage; the variable ``nnUNet_diffext_<name>`` comes first.
+        wanted: trainer to look for in ``nnUNet_results``.
+    Raises:
+        StageError: there is none, or it does not fit. CheckpointError: its file is damaged or unsafe.
+    """
+    plans = trainer.plans_manager.plans
+    names = [trainer.plans_manager.plans_name]
+    base = plans[PLANS_KEY].get(PLANNER_KEY, {}).get("base_plans")
+    names += [base] if base and base not in names else []
+    where = (plans["dataset_name"], trainer.configuration_name, wanted, names, trainer.fold)
+    stage = load_stage(find_model_folder(name, *where), trainer.fold)
+    check_fits(stage, plans, trainer.configuration_name, trainer.dataset_json)
+    return stage
 
 
 def build_network_of(

@@ -105,6 +105,11 @@ class M4oEAutoencoder(nn.Module):
         tokens = torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
         return ReconstructionOutput(self._reconstruct(tokens, modality), image, self._of_voxels(mask))
 
+    def features(self, image: Tensor, modality: Tensor) -> Tensor:
+        """Deepest tokens of whole images, ``(B, C, *patch)`` -> ``(B, D, *grid)``; nothing is hidden."""
+        routing = Routing.free(len(image), self.experts, modality)
+        return self.encoder(self.encoder.embedding(image), routing)[-1].movedim(-1, 1)
+
     def draw_mask(self, batch: int, grid: Sequence[int], device: torch.device) -> Tensor:
         """Hidden tokens, bool ``(B, *grid)``: for every sample the same share of the mask units.
 

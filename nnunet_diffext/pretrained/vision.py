@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_diffext.checkpoints import CheckpointError, read_safely
+from nnunet_diffext.losses.alignment import axial_slices
 from nnunet_diffext.pretrained import PretrainedError, reason
 
 VARIABLE = "nnUNet_diffext_teacher"
@@ -82,6 +83,22 @@ class PatchTeacher(nn.Module):
         h, w = images.shape[2] // self.patch, images.shape[3] // self.patch
         return tokens[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, (h, w))
 
+    def pair(
+        self, image: Tensor, features: Tensor, slices: int, keys: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features and tokens of the same places; of volumes, on axial slices.
+
+        Args:
+            image: ``(B, C, *patch)``, normalised by nnU-Net.
+            features: ``(B, F, *grid)`` of the student, for whose grid the image is resized.
+            slices: at most this many per volume, drawn at random.
+            keys: not used.
+        Returns:
+            ``(N, F, h, w)`` and ``(N, D, h, w)``.
+        """
+        image, features = axial_slices(image, features, slices)
+        return features, self(teacher_images(image, features.shape[2:], self.patch))
+
 
 @torch.no_grad()
 def teacher_images(image: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -140,8 +157,9 @@ def load_teacher(name: str = DEFAULT_TEACHER) -> PatchTeacher:
             f"The teacher from {where} cannot be loaded: {reason(error)}. Ways out: connect to the network once "
             f"without {VARIABLE}, so that {name} is downloaded and kept; set {VARIABLE} to a file with the weights of "
             f"{name} (.safetensors, .pth or .pt), or to a folder in timm's layout (config.json and weights), which may "
-            "hold any vision transformer, also one of your own; or train with the token noAlign of LEAFTrainer, which "
-            "needs no teacher."
+            "hold any vision transformer, also one of your own; or train M4oEPretrainTrainer on this dataset, a masked "
+            "autoencoder that needs no labels, and use the token ownTeacher of LEAFTrainer; or train with its token "
+            "noAlign, which needs no teacher."
         ) from error
 
 

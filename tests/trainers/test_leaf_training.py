@@ -181,12 +181,13 @@ def test_alignment_never_stops_within_an_epoch(vit: None) -> None:
 
 
 def test_without_a_teacher() -> None:
-    """The three ways out; and nothing has been built when it is said."""
+    """The ways out; and nothing has been built when it is said."""
     save_codec()
     trainer = make_trainer("", FLAT, base="LEAFTrainer")
     with pytest.raises(PretrainedError) as caught:
         trainer.initialize()
-    for way in ("network once", "nnUNet_diffext_teacher to a file", "folder in timm's layout", "token noAlign"):
+    ways = ("network once", "nnUNet_diffext_teacher to a file", "folder in timm's layout", "ownTeacher", "noAlign")
+    for way in ways:
         assert way in str(caught.value)
     assert trainer.network is None
     assert leaf("noAlign").vision is None
@@ -243,7 +244,7 @@ def test_continuing_with_another_teacher(vit: None, no_loaders: None, monkeypatc
     resumed = make_trainer("", FLAT, base="LEAFTrainer")
     resumed.load_checkpoint(file)
     resumed.current_epoch = 1
-    monkeypatch.setattr("nnunet_diffext.trainers.leaf.load_teacher", lambda name: Wider(width))
+    monkeypatch.setattr("nnunet_diffext.trainers.leaf.find_teacher", lambda trainer, name: Wider(width))
     with pytest.raises(PretrainedError, match=f"width {2 * width}, but this training began with .* of width {width}"):
         resumed.on_train_start()
 
