@@ -1,13 +1,13 @@
 """LEAF and TextDiffSeg on the demo's organs and their small lesion: does the text do anything, how stable is one step?
 
-    python benchmarks/organs.py --work DIR [--rows TextDiffSeg "LEAF, x0"]
+    python benchmarks/organs.py --work DIR [--text-encoder FOLDER] [--rows TextDiffSeg "LEAF, x0"]
     python benchmarks/organs.py --table
 
 The same patch, batch and number of iterations for every training, 24 volumes for training, 20 for the test. The
 autoencoder of LEAF comes on top; how well unseen labels come out of its latents (Dice on a few patches) tells what LEAF
-can reach at best. Prompts are encoded by a small BERT with random weights: its states differ between prompts, but know
-no clinical language. The rows with other prompts at prediction tell whether the trained network reads them. Ten
-predictions from different noise per LEAF (paper's Table 4).
+can reach at best. Prompts are encoded by --text-encoder, else by a small BERT with random weights: its states differ between
+prompts, but know no language. The rows with other prompts at prediction tell whether the trained network reads them.
+Ten predictions from different noise per LEAF (paper's Table 4).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def save_untrained_bert(folder: Path, texts: list[str]) -> None:
 class Benchmark:
     """Trains, predicts and scores; trainings that are finished are not repeated."""
 
-    def __init__(self, work: Path, epochs: int, iterations: int, out: Path) -> None:
+    def __init__(self, work: Path, epochs: int, iterations: int, out: Path, text_encoder: Path | None = None) -> None:
         self.work, self.out, self.logs = work, out, work / "logs"
         self.budget = f"{epochs}epochs_{iterations}iters_2valiters_seed1"
         self.env = nnunet_environment(work, num_processes=1)
@@ -74,8 +74,8 @@ class Benchmark:
         cases = [f"train_{i:03d}" for i in range(TRAIN + VAL)]
         save_json([{"train": cases[:TRAIN], "val": cases[TRAIN:]}], folder / "splits_final.json")
         self.prompts = prompts_for(load_json(self.raw / "dataset.json"))
-        self.env["nnUNet_diffext_text_encoder"] = str(work / "bert")
-        if not (work / "bert" / "vocab.txt").is_file():
+        self.env["nnUNet_diffext_text_encoder"] = str(text_encoder or work / "bert")
+        if text_encoder is None and not (work / "bert" / "vocab.txt").is_file():
             save_untrained_bert(work / "bert", [*self.prompts.values()])
 
     def train(self, trainer: str) -> Path:
@@ -150,6 +150,7 @@ def table(content: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for data, results and logs")
+    parser.add_argument("--text-encoder", type=Path, help="folder of a trained encoder that transformers can load")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--iters", type=int, default=50)
@@ -161,7 +162,7 @@ def main() -> int:
         return 0
     if args.work is None:
         parser.error("--work is needed, except with --table")
-    benchmark = Benchmark(args.work.resolve(), args.epochs, args.iters, args.out)
+    benchmark = Benchmark(args.work.resolve(), args.epochs, args.iters, args.out, args.text_encoder)
     for name in args.rows:
         benchmark.row(name)
     print(table(load_json(args.out)))
