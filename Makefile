@@ -1,7 +1,9 @@
-# make test | demo | lint | clean.   Variables: VENV (environment to create), PYTHON (3.10 or newer), PYTEST_ARGS.
+# make test | demo | lint | clean.   Variables: VENV (environment to create), PYTHON (3.10 or newer), PYTEST_ARGS,
+# TEST_PROCESSES (that share the tests, a file at a time; every one of them computes with one thread).
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --quiet --disable-pip-version-check --editable
@@ -10,7 +12,7 @@ SETUP := pyproject.toml setup.py
 .PHONY: test demo lint clean
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(VENV)/.installed
 	$(BIN)/nnunet_diffext demo

@@ -11,7 +11,7 @@ import pytest
 from nnunet_diffext.settings import SettingsError, TrainingSettings, default_of, setting
 from nnunet_diffext.trainers import TRAINERS, find_trainer
 
-SETTINGS = {find_trainer(name).Settings for name in TRAINERS}
+SETTINGS = list(dict.fromkeys(find_trainer(name).Settings for name in TRAINERS))
 
 
 @dataclass(frozen=True, kw_only=True)
