@@ -236,7 +236,11 @@ def main() -> int:
         output, measured = train(run, args.data.resolve().name, env, args.work)
         reconstruction = output / "validation" / RECONSTRUCTION
         if reconstruction.is_file():  # an autoencoder segments nothing
-            print(f"{run.name} seed {run.seed}: reconstruction {load_json(reconstruction)}", flush=True)
+            found = load_json(reconstruction)
+            content = load_json(args.out)
+            content.setdefault("autoencoders", {})[f"{run.trainer} fold {run.fold}"] = {**found, **measured}
+            save_json(content, args.out)
+            print(f"{run.name} seed {run.seed}: reconstruction {found}", flush=True)
             continue
         entry = evaluate(run, output, measured, args.data.resolve(), args.out)
         print(f"{run.name} seed {run.seed}: Dice {entry['mean']['dice']:.4f}", flush=True)
