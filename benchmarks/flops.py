@@ -3,6 +3,7 @@
     python benchmarks/flops.py
 
 Plans as nnU-Net makes them: a 3D full-resolution plan of 128^3, the left atrium's small one, a 2D plan of 512^2.
+M4oE at the size of its paper: 224^2, three channels, nine classes in every modality.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nnunet_diffext.evaluation.provenance import provenance
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.dmed import DMEDNet
 from nnunet_diffext.networks.leaf import LEAFNet
+from nnunet_diffext.networks.m4oe import M4oENet
 from nnunet_diffext.networks.mask_autoencoder import MaskAutoencoder
 from nnunet_diffext.networks.textdiffseg import LabelCodec, TextDiffSegNet
 
@@ -31,6 +33,14 @@ PLANS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {  # patch, fea
     "3D, 128x128x128": ((128, 128, 128), (32, 64, 128, 256, 320, 320), 8),
     "3D, left atrium, 24x40x48": ((24, 40, 48), (16, 32, 64, 128), 4),
     "2D, 512x512": ((512, 512), (32, 64, 128, 256, 512, 512, 512, 512), 8),
+}
+M4OE: dict[str, tuple[int, dict[str, Any]]] = {  # modalities, options
+    "plain MLPs: Swin-UNet": (3, {"where": "none"}),
+    "1 expert": (1, {"gate": "none"}),
+    "2 experts": (2, {}),
+    "3 experts": (3, {}),
+    "3 experts, gate of the authors' code": (3, {"gate": "channel"}),
+    "4 experts": (4, {}),
 }
 
 
@@ -85,17 +95,32 @@ def count(patch: tuple[int, ...], features: tuple[int, ...], stride: int) -> dic
         }
 
 
+def count_m4oe(modalities: int, options: dict[str, Any]) -> dict[str, float]:
+    """Parameters and operations of one prediction at the paper's size; the modality is not given."""
+    names = {str(m): (True,) * 9 for m in range(modalities)}
+    with torch.device("meta"):
+        architecture = plain_unet(2, (4,) * 6)  # of the plan, only strides count
+        net = M4oENet(architecture, (224, 224), 3, LabelSpace(9), names, **options).eval()
+        image = torch.empty(1, 3, 224, 224)
+    operations = giga_operations(lambda: net(image))
+    return {"million_parameters": sum(p.numel() for p in net.parameters()) / 1e6, "giga_operations": operations}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     counted = {name: count(*plan) for name, plan in PLANS.items()}
-    save_json({"giga_operations": counted, **provenance()}, args.out)
+    m4oe = {name: count_m4oe(*row) for name, row in M4OE.items()}
+    save_json({"giga_operations": counted, "m4oe": m4oe, **provenance()}, args.out)
     methods = list(next(iter(counted.values())))
     print("| plan | " + " | ".join(methods) + " |\n" + "|---" * (len(methods) + 1) + "|")
     for name, row in counted.items():
         cells = [f"{row[m] / row['nnU-Net']:.2f}x" if m != "nnU-Net" else f"{row[m]:.1f} GFLOP" for m in methods]
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| M4oE, 224x224 | parameters | GFLOP |\n|---|---|---|")
+    for name, row in m4oe.items():
+        print(f"| {name} | {row['million_parameters']:.2f} M | {row['giga_operations']:.1f} |")
     return 0
 
 

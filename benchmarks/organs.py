@@ -5,9 +5,9 @@
 
 The same patch, batch and number of iterations for every training, 24 volumes for training, 20 for the test. The
 autoencoder of LEAF comes on top; how well unseen labels come out of its latents (Dice on a few patches) tells what LEAF
-can reach at best. Prompts are encoded by --text-encoder, else by a small BERT with random weights: its states differ between
-prompts, but know no language. The rows with other prompts at prediction tell whether the trained network reads them.
-Ten predictions from different noise per LEAF (paper's Table 4).
+can reach at best. Prompts are encoded by --text-encoder, else by a small BERT with random weights: its states differ
+between prompts, but know no language. The rows with other prompts at prediction tell whether the trained network reads
+them. Ten predictions from different noise per LEAF (paper's Table 4).
 """
 
 from __future__ import annotations
