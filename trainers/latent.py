@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,11 +11,29 @@ from torch import Tensor
 
 from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, too_lossy
+from nnunet_diffext.settings import SettingsError, setting
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.averaged import AveragedTrainer
+from nnunet_diffext.trainers.diffusion import DiffusionSettings
 from nnunet_diffext.trainers.staged import StagedTrainer
 
 PREFLIGHT_PATCHES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSettings(DiffusionSettings):
+    """Settings of trainings in a latent space of masks."""
+
+    recycle: bool = setting(
+        False, "noise the denoiser's own first guess in training instead of the labels' latents, as samples do; for "
+        "clean latents as prediction",
+        switches={"recycle": True},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recycle and self.kind != "x0":
+            raise SettingsError(f"'recycle' needs clean latents as prediction (kind 'x0'), not '{self.kind}'.")
 
 
 class LatentTrainer(AveragedTrainer, StagedTrainer):

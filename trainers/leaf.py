@@ -25,8 +25,7 @@ from nnunet_diffext.pretrained.autoencoder import CHANNELS as COLOURS
 from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
 from nnunet_diffext.settings import PLANS_KEY, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
-from nnunet_diffext.trainers.diffusion import DiffusionSettings
-from nnunet_diffext.trainers.latent import LatentTrainer
+from nnunet_diffext.trainers.latent import LatentSettings, LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 from nnunet_diffext.trainers.teacher import OWN, Teacher, find_teacher
 
@@ -36,7 +35,7 @@ CODEC_VARIABLE = "nnUNet_diffext_codec"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LEAFSettings(DiffusionSettings):
+class LEAFSettings(LatentSettings):
     """Settings of :class:`LEAFTrainer`. "Paper" is Huang et al., MICCAI 2025."""
 
     presets = {
@@ -242,7 +241,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``latent`` (eq. 4), ``align`` (eq. 5), ``sup``: Dice + CE of the decoded estimate."""
         clean, valid = self.label_space.encode(batch["target"])
-        out: LEAFOutput = self.network(batch["data"], clean=clean)
+        out: LEAFOutput = self.network(batch["data"], clean=clean, recycle=self.settings.recycle)
         losses = {"latent": masked_error(out.prediction, out.target, valid, squared=self.settings.squared)}
         if self.settings.lambda_seg > 0:
             losses["sup"] = self.estimate_loss(self.module.codec.decode(out.estimate), clean, valid, out.trust)

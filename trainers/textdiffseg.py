@@ -19,8 +19,7 @@ from nnunet_diffext.networks.textdiffseg import TEXT_FUSIONS, LabelCodec, TextDi
 from nnunet_diffext.pretrained.text import TextTokens, encode_texts, mean_token
 from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
-from nnunet_diffext.trainers.diffusion import DiffusionSettings
-from nnunet_diffext.trainers.latent import LatentTrainer
+from nnunet_diffext.trainers.latent import LatentSettings, LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 
 RANDOM_TEXT = (8, 768)
@@ -28,7 +27,7 @@ RANDOM_TEXT = (8, 768)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextDiffSegSettings(DiffusionSettings):
+class TextDiffSegSettings(LatentSettings):
     """Settings of :class:`TextDiffSegTrainer`. "Paper" is Ma 2025 (arXiv)."""
 
     presets = {
@@ -221,7 +220,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``sup`` (eq. 4), ``diffusion`` (eq. 5), ``anchor``: eq. 4 of the labels' own latents, decoded."""
         clean, valid = self.label_space.encode(batch["target"])
-        out: TextDiffSegOutput = self.network(batch["data"], clean=clean)
+        out: TextDiffSegOutput = self.network(batch["data"], clean=clean, recycle=self.settings.recycle)
         gamma = {"dice_weight": self.settings.gamma}
         losses = {
             "sup": self.estimate_loss(out.logits, clean, valid, out.trust, **gamma),

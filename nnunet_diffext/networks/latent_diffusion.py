@@ -85,17 +85,32 @@ class LatentDiffusionNet(DiffusionNet):
             self.codec.eval()
         return self
 
-    def diffuse(self, known: Any, z0: Tensor) -> Denoised:
-        """Noise clean latents ``(B, k, *latent)`` to random timesteps and denoise them in one step."""
+    def diffuse(self, known: Any, z0: Tensor, recycle: bool = False) -> Denoised:
+        """Noise latents to random timesteps and denoise them in one step.
+
+        Args:
+            known: of the images.
+            z0: clean latents ``(B, k, *latent)``.
+            recycle: noise what the denoiser makes of pure noise instead of ``z0`` (Fu et al., MELBA 2023:016), as it is
+                noised when samples are drawn. ``z0`` can be read from its noisy version without looking at the image
+                for most t; the denoiser's own guess has to be corrected with the image. Only for ``kind`` "x0".
+        """
         t = self.random_timesteps(len(z0), z0.device)
         noise = torch.randn_like(z0)
-        z_t = self.schedule.add_noise(z0, noise, t)
+        z_t = self.schedule.add_noise(self.first_guess(known, z0) if recycle else z0, noise, t)
         out = self.denoise(known, z_t, t)
         prediction = out.logits.float()
         estimate = to_x0(prediction, z_t, t, self.schedule, self.kind)
         alpha, _ = self.schedule.marginal(t, z0.ndim)
         trust = (alpha / TRUSTED_SIGNAL).square().clamp(max=1) if self.kind == "eps" else torch.ones_like(alpha)
         return Denoised(prediction, target(self.kind, z0, noise, t, self.schedule), estimate, trust, out)
+
+    @torch.no_grad()
+    def first_guess(self, known: Any, z0: Tensor) -> Tensor:
+        """Clean latents as they are predicted from pure noise, shaped like ``z0``."""
+        noise = torch.randn_like(z0)
+        t = torch.full((len(z0),), self.schedule.timesteps - 1, device=z0.device)
+        return to_x0(self.denoise(known, noise, t).logits.float(), noise, t, self.schedule, self.kind)
 
     def draw_probabilities(self, known: Any, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
         """See :class:`DiffusionNet`."""

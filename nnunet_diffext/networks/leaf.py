@@ -95,16 +95,17 @@ class LEAFNet(LatentDiffusionNet):
         self.encoder.load_state_dict(same, strict=False)
         return len(same)
 
-    def forward(self, image: Tensor, *, clean: Tensor | None = None) -> Tensor | LEAFOutput:
+    def forward(self, image: Tensor, *, clean: Tensor | None = None, recycle: bool = False) -> Tensor | LEAFOutput:
         """Logits ``(B, K, *patch)`` in eval mode; in training mode what the losses need.
 
         Args:
             image: ``(B, C, *patch)``.
             clean: one-hot masks ``(B, K, *patch)``, needed in training mode.
+            recycle: see :meth:`diffuse`.
         """
         if not self.training:
             return self.label_space.log_probabilities(self.probabilities(image))
-        out = self.diffuse(self.known(image), self.encode_masks(clean))
+        out = self.diffuse(self.known(image), self.encode_masks(clean), recycle)
         features = out.unet.encoder[self.align_level]
         return LEAFOutput(out.prediction, out.target, out.estimate, out.trust, features)
 

@@ -180,18 +180,21 @@ class TextDiffSegNet(LatentDiffusionNet):
         tokens, mask = self.tokens.flatten(0, 1)[None], self.token_mask.flatten()[None]
         return self.text(features, tokens.expand(len(features), -1, -1), mask.expand(len(features), -1))
 
-    def forward(self, image: Tensor, *, clean: Tensor | None = None) -> Tensor | TextDiffSegOutput:
+    def forward(
+        self, image: Tensor, *, clean: Tensor | None = None, recycle: bool = False
+    ) -> Tensor | TextDiffSegOutput:
         """Logits ``(B, K, *patch)`` in eval mode; in training mode what the losses need.
 
         Args:
             image: ``(B, C, *patch)``.
             clean: one-hot masks ``(B, K, *patch)``, needed in training mode.
+            recycle: see :meth:`diffuse`.
         """
         if not self.training:
             return self.label_space.log_probabilities(self.probabilities(image))
         own = self.codec.encode(clean)
         z0 = own.detach() if self.stop_gradient else own
-        out = self.diffuse(self.known(image), z0)
+        out = self.diffuse(self.known(image), z0, recycle)
         reconstruction = None if self.frozen_codec else self.codec.decode(self.jittered(own))
         logits = self.codec.decode(self.jittered(out.estimate))
         return TextDiffSegOutput(out.prediction, out.target, logits, out.trust, reconstruction, own)
