@@ -1,9 +1,11 @@
 # make test | demo | lint | clean.   Variables: VENV (environment to create), PYTHON (3.10 or newer), PYTEST_ARGS,
-# TEST_PROCESSES (that share the tests, a file at a time; every one of them computes with one thread).
+# TEST_PROCESSES (that share the tests, a file at a time, with one thread each), DEMO_ARGS (nnunet_diffext demo --help).
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= auto
+# Replaces an earlier demo, never a folder with anything else in it.
+DEMO_ARGS ?= --overwrite
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --quiet --disable-pip-version-check --editable
@@ -15,7 +17,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(VENV)/.installed
-	$(BIN)/nnunet_diffext demo
+	$(BIN)/nnunet_diffext demo $(DEMO_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,6 +46,27 @@ class ConfiguredTrainer(nnUNetTrainer):
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # nnU-Net takes every core of the machine
         if s.seed is not None:
             seed_everything(s.seed + self.local_rank)
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's, after a look at what the second stage of a cascade needs.
+
+        Raises:
+            FileNotFoundError: cases that the first stage has not segmented, with the command that does it.
+        """
+        if self.is_cascaded:
+            folder = Path(self.folder_with_segs_from_previous_stage)
+            cases = sorted({case for part in self.do_split() for case in part})
+            missing = [case for case in cases if not any(folder.glob(f"{case}.*"))]
+            if missing:
+                previous = self.configuration_manager.previous_stage_name
+                name, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
+                raise FileNotFoundError(
+                    f"{len(missing)} of {len(cases)} cases, the first is {missing[0]}, have no segmentation of "
+                    f"{previous} in {folder}. nnU-Net looks for the previous stage under this trainer's own name, "
+                    "tokens included; every fold of it segments its validation cases. Train all folds: "
+                    f"nnUNetv2_train {name} {previous} FOLD -tr {type(self).__name__} -p {plans}"
+                )
+        return super().get_dataloaders()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's SGD with polynomial decay, with the momentum of the settings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nnunet_diffext.networks.sampling import FEW_STEPS, Sampling
 from nnunet_diffext.settings import SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamSettings
 
@@ -22,8 +23,12 @@ class DiffusionSettings(AdamSettings):
         0.25, "share of the training samples at t = T, where predictions start; the others are uniform",
         number="terminal#", switches={"TOnly": 1.0}, minimum=0, maximum=1,
     )  # fmt: skip
-    samples: int = setting(1, "samples M that a prediction averages, if steps > 1", number="#samples", minimum=1)
-    steps: int = setting(1, "denoiser steps S per sample; 1: one-step prediction", number="#steps", minimum=1)
+    samples: int = setting(1, "samples M that a prediction averages", number="#samples", minimum=1)
+    steps: int = setting(
+        1, "denoiser steps S per sample; 1: one-step prediction, and ten for several samples or another sampler than "
+        "ddim, for which one step makes no difference",
+        number="#steps", minimum=1,
+    )  # fmt: skip
     noise_seed: int = setting(0, "seed of the noise at prediction", number="noise#", minimum=0)
     ema_decay: float = setting(
         0.999, "decay of the average of all weights, which is the result; 0: none", number="ema#",
@@ -36,3 +41,11 @@ class DiffusionSettings(AdamSettings):
             raise SettingsError("kind 'eps' is undefined with zero_terminal_snr: use the token 'eps', which sets both.")
         if self.steps > self.timesteps:
             raise SettingsError(f"steps={self.steps} is more than the schedule has (timesteps={self.timesteps}).")
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of predictions."""
+        sampler = getattr(self, "sampler", "ddim")
+        several = self.samples > 1 or sampler != "ddim"
+        steps = FEW_STEPS if self.steps == 1 and several else self.steps
+        return Sampling(samples=self.samples, steps=steps, sampler=sampler, seed=self.noise_seed)

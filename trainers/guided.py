@@ -30,6 +30,7 @@ class GuidedTrainer(StagedTrainer):
     stage_name = "prior"
     bank: PriorBank | None = None
     _strength: float | None = None
+    _began_with: str | None = None
 
     def training_prior(self, batch: Mapping[str, Any]) -> Tensor | None:
         """pi ``(B, K, *)`` for a training batch; ``None`` where the network's own prior will do."""
@@ -61,7 +62,7 @@ class GuidedTrainer(StagedTrainer):
             self._measure(set_scale=fresh)
 
     def _prior_bank(self) -> PriorBank:
-        kind = self.settings.prior_kind
+        kind = self._began_with or self.settings.prior_kind
         fold_of: dict[str, int] = {}
         if kind in ("auto", "oof") and self.fold != "all" and self.stage is not None:
             folder, base = self.stage.folder, self.preprocessed_dataset_folder_base
@@ -76,6 +77,11 @@ class GuidedTrainer(StagedTrainer):
                     "token out."
                 )
             fold_of = {} if missing else fold_of
+        if self._began_with == "oof" and not fold_of:
+            raise StageError(
+                "This training began around out-of-fold priors, which are not found any more. Put the folds of the "
+                f"prior back, or let nnUNet_diffext_{self.stage_name} name their model folder."
+            )
         if fold_of:
             networks = {k: self._load_fold(self.stage.folder, k) for k in sorted(set(fold_of.values()))}
             self.print_to_log_file(f"Training around out-of-fold priors (folds {sorted(networks)}).")
@@ -133,10 +139,14 @@ class GuidedTrainer(StagedTrainer):
 
     # ------------------------------------------------------------------ checkpoints
     def extra_checkpoint(self) -> dict[str, Any]:
-        """Also the strength of the corruption."""
-        return {**super().extra_checkpoint(), "diffext_prior_strength": self._strength}
+        """Also of which kind the priors of the training cases are, and how strongly they are corrupted."""
+        kind = self._began_with if self.bank is None else self.bank.kind
+        return {
+            **super().extra_checkpoint(), "diffext_prior_strength": self._strength, "diffext_prior_kind": kind
+        }  # fmt: skip
 
     def restore_extra(self, checkpoint: Mapping[str, Any]) -> None:
-        """Also the strength of the corruption."""
+        """Also kind and corruption of the priors."""
         super().restore_extra(checkpoint)
         self._strength = checkpoint.get("diffext_prior_strength")
+        self._began_with = checkpoint.get("diffext_prior_kind")

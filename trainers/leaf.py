@@ -19,7 +19,6 @@ from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.projector import PROJECTORS, Projector
 from nnunet_diffext.networks.kl_codec import KLCodec
 from nnunet_diffext.networks.leaf import LEAFNet, LEAFOutput
-from nnunet_diffext.networks.sampling import Sampling
 from nnunet_diffext.pretrained import PretrainedError
 from nnunet_diffext.pretrained.autoencoder import CHANNELS as COLOURS
 from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
@@ -145,7 +144,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
             zero_terminal_snr=s.zero_terminal_snr,
             terminal_share=s.terminal_share,
             clip_latents=s.clip_latents,
-            sampling=Sampling(samples=s.samples if s.steps > 1 else 1, steps=s.steps, seed=s.noise_seed),
+            sampling=s.sampling,
         )
 
     # ------------------------------------------------------------------ the teacher, outside the network

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnunet_diffext.losses.diffusion import deep_diffusion_supervision, masked_error
 from nnunet_diffext.networks.pgrd import PGRDNet, PGRDOutput
-from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS, Sampling
+from nnunet_diffext.networks.sampling import READOUTS, SAMPLERS
 from nnunet_diffext.settings import SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.averaged import AveragedTrainer
@@ -111,6 +111,10 @@ class PGRDSettings(DiffusionSettings):
         super().__post_init__()
         if self.readout == "heads" and self.levels == 0:
             raise SettingsError("readout 'heads' needs levels >= 1; use the token 'simplex' or 'softmaxOut'.")
+        if self.readout == "heads" and self.lambda_dds == 0:
+            raise SettingsError(
+                "readout 'heads' needs trained heads, but 'dds0' trains none: use the token 'noDDS', or add 'simplex'."
+            )
 
 
 class PGRDTrainer(AdamTrainer, AveragedTrainer, GuidedTrainer):
@@ -156,9 +160,7 @@ class PGRDTrainer(AdamTrainer, AveragedTrainer, GuidedTrainer):
             terminal_share=s.terminal_share,
             literal_eq10=s.literal_eq10,
             step_power=s.step_power,
-            sampling=Sampling(
-                samples=s.samples if s.steps > 1 else 1, steps=s.steps, sampler=s.sampler, seed=s.noise_seed
-            ),
+            sampling=s.sampling,
         )
 
     # ------------------------------------------------------------------ losses

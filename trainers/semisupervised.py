@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor
 
+from nnunet_diffext.data.dataset import dataset_id, unlabeled_folder
 from nnunet_diffext.data.loaders import PairedLoader, augmenter
 from nnunet_diffext.data.pool import UnlabeledDataset, UnlabeledPool, entirely_ignored, find_unlabeled
 from nnunet_diffext.data.splits import Split, keep_labeled_percent, load_split, number_of_folds
 from nnunet_diffext.data.transforms import TwoViews
+from nnunet_diffext.data.unlabeled import made_with_other_plans, plans_fingerprint
 from nnunet_diffext.trainers.base import DiffextTrainer
 
 
@@ -45,6 +48,11 @@ class SemiSupervisedTrainer(DiffextTrainer):
                 self.print_to_log_file("WARNING: fold 'all' trains on every label, also on those the split holds back.")
         elif self.fold < folds:
             split = load_split(folder, self.fold)
+        elif any(load_split(folder, fold).unlabeled for fold in range(folds)):
+            self.print_to_log_file(
+                f"WARNING: the split has {folds} folds and none of number {self.fold}. nnU-Net draws one at random and "
+                "trains on its labels, also on those that the split holds back."
+            )
         ignored = set(entirely_ignored(self.preprocessed_dataset_folder, split.train, self.label_manager))
         annotated = tuple(i for i in split.train if i not in ignored)
         if not annotated:
@@ -62,7 +70,11 @@ class SemiSupervisedTrainer(DiffextTrainer):
             self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier, self._split, self.fold,
             cascade_folder=self.folder_with_segs_from_previous_stage,
         )  # fmt: skip
-        self.print_to_log_file(f"{len(self._split.train)} labelled and {len(pool.cases)} unlabelled training cases.")
+        self._refuse_stale(pool)
+        unused = "" if self.uses_unlabeled or not pool.cases else " The settings have no use for the latter."
+        self.print_to_log_file(
+            f"{len(self._split.train)} labelled and {len(pool.cases)} unlabelled training cases.{unused}"
+        )
         if pool.without_previous_stage:
             self.print_to_log_file(
                 f"{len(pool.without_previous_stage)} unlabelled cases are left out: the previous stage has not "
@@ -70,12 +82,29 @@ class SemiSupervisedTrainer(DiffextTrainer):
                 "cases of a fold: train the previous stage on folds that validate on them. Images of imagesTu/ cannot "
                 "be used in a cascade."
             )
-        elif not pool.cases:
+        if not pool.cases:
             self.print_to_log_file(
                 "No unlabelled images: the training is supervised. Put images into imagesTu/ and run "
                 "'nnunet_diffext preprocess_unlabeled', or move labelled cases with 'nnunet_diffext split'."
             )
         return pool
+
+    def _refuse_stale(self, pool: UnlabeledPool) -> None:
+        """Images of the labelled folder are nnU-Net's own business.
+
+        Raises:
+            ValueError: images without labels were preprocessed with other plans, so that they look different.
+        """
+        plans = self.plans_manager
+        folder = unlabeled_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+        own = [case for case, where in pool.cases.items() if Path(where) == folder]
+        stale = made_with_other_plans(folder, own, plans_fingerprint(plans, self.configuration_manager))
+        if stale:
+            raise ValueError(
+                f"{len(stale)} images in {folder}, the first is {stale[0]}, were preprocessed with other plans than "
+                f"{plans.plans_name} as they are now. Run: nnunet_diffext preprocess_unlabeled -d "
+                f"{dataset_id(plans.dataset_name)} -plans_name {plans.plans_name} -c {self.configuration_name}"
+            )
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders; the training one also yields unlabelled patches if there are any and they are used."""

@@ -14,7 +14,7 @@ from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.data.prompts import prompts_for
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, label_share
 from nnunet_diffext.losses.diffusion import masked_error
-from nnunet_diffext.networks.sampling import SAMPLERS, Sampling
+from nnunet_diffext.networks.sampling import SAMPLERS
 from nnunet_diffext.networks.textdiffseg import TEXT_FUSIONS, LabelCodec, TextDiffSegNet, TextDiffSegOutput
 from nnunet_diffext.pretrained.text import TextTokens, encode_texts, mean_token
 from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
@@ -158,7 +158,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
             terminal_share=s.terminal_share,
             stop_gradient=s.stop_gradient,
             decoder_noise=s.decoder_noise,
-            sampling=Sampling(samples=s.samples, steps=s.steps, sampler=s.sampler, seed=s.noise_seed),
+            sampling=s.sampling,
         )
 
     @property

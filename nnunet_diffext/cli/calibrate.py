@@ -26,7 +26,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit, print, store."""
     from nnunet_diffext.inference.calibrate import calibrate, report_lines
-    from nnunet_diffext.inference.calibration_file import check_writable, remove_calibration, write_calibration
+    from nnunet_diffext.inference.calibration_file import (
+        check_writable,
+        fingerprints,
+        remove_calibration,
+        write_calibration,
+    )
     from nnunet_diffext.inference.model_folder import check_folds, find_model_folder, parse_folds
     from nnunet_diffext.inference.predictor import Predictor
 
@@ -48,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     content = calibrate(make_predictor, folds, seed=args.seed, show_progress=not args.disable_progress_bar)
+    content["weights"] = fingerprints(folder, folds, args.chk)
     print("\n".join(report_lines(content)))
     if args.dry_run:
         print("Dry run: nothing was stored.")

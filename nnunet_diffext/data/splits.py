@@ -112,10 +112,11 @@ def write_semisupervised_split(
     splits = _base_splits(name, file, plans_name, single=val_cases is not None and fold is None, overwrite=overwrite)
     if fold is not None:
         _entry(splits, fold, file)
+    have_labels = set(training_ids(name, plans_name))
     changed: dict[int, Split] = {}
     for index in range(len(splits)) if fold is None else [fold]:
         current = _parse(splits[index], file, index)
-        changed[index] = _resplit(current, index, labeled, labeled_cases, val_cases, seed)
+        changed[index] = _resplit(current, index, labeled, labeled_cases, val_cases, seed, have_labels)
         lists = {"train": changed[index].train, "val": changed[index].val, "unlabeled": changed[index].unlabeled}
         splits[index] = {**splits[index], **{key: list(ids) for key, ids in lists.items()}}
     backup = _back_up(file) if file.exists() else None
@@ -173,16 +174,18 @@ def _resplit(
     labeled_cases: Sequence[str] | None,
     val_cases: Sequence[str] | None,
     seed: int | None,
+    have_labels: set[str],
 ) -> Split:
-    """Divide the cases of a fold anew."""
-    everything = {*current.train, *current.unlabeled, *current.val}
+    """Divide the cases of a fold anew. Unlabelled ones without any label, as those of ``imagesTu``, stay that."""
+    images_only = tuple(i for i in current.unlabeled if i not in have_labels)
+    everything = {*current.train, *current.unlabeled, *current.val} - set(images_only)
     val = current.val
     if val_cases is not None:
         _require_known(val_cases, everything, f"validation cases of fold {fold}", "cases of the dataset")
         val = tuple(sorted(val_cases))
         pool = sorted(everything - set(val))
     else:
-        pool = sorted({*current.train, *current.unlabeled})
+        pool = sorted({*current.train, *current.unlabeled} - set(images_only))
     if labeled_cases is not None:
         hint = "training cases of the fold (with several folds, choose one with -f)"
         _require_known(labeled_cases, set(pool), f"labelled cases of fold {fold}", hint)
@@ -192,7 +195,7 @@ def _resplit(
         order = range(len(pool)) if seed is None else np.random.RandomState(seed).permutation(len(pool))
         chosen = {pool[i] for i in order[:count]}
     train = tuple(i for i in pool if i in chosen)
-    return Split(train, val, tuple(i for i in pool if i not in chosen))
+    return Split(train, val, (*(i for i in pool if i not in chosen), *images_only))
 
 
 def _require_known(ids: Sequence[str], known: set[str], what: str, of_what: str) -> None:

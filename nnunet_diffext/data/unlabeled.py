@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -37,6 +37,8 @@ from nnunet_diffext.data.parallel import Failure, PreprocessingError, run_all
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 SOURCE_KEY = "diffext_source"
 """Properties of a case: fingerprint of its image files and of the plans' entries that preprocessing depends on."""
+PLANS_MARK = "diffext_plans"
+"""Properties of a case: :func:`plans_fingerprint` of the plans that it was preprocessed with."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def preprocess_unlabeled(
     folders, written, unchanged = {}, {}, {}
     for configuration, configuration_manager in managers.items():
         folder = unlabeled_folder(preprocessed_folder(name), configuration_manager.data_identifier)
-        marks = {c.identifier: _fingerprint(c, manager, configuration_manager) for c in cases}
+        made_with = plans_fingerprint(manager, configuration_manager)
+        marks = {c.identifier: _fingerprint(c, made_with) for c in cases}
         todo = [c for c in cases if overwrite or not _is_done(folder, c.identifier, marks[c.identifier])]
         if todo:
             marks = {c.identifier: marks[c.identifier] for c in todo}
@@ -163,28 +166,45 @@ def _checked_cases(
     return cases
 
 
-def _fingerprint(case: Case, manager: PlansManager, configuration: ConfigurationManager) -> str:
-    """Changes when the image files do, or anything in the plans that the preprocessed image depends on."""
+def plans_fingerprint(manager: PlansManager, configuration: ConfigurationManager) -> str:
+    """Changes when anything in the plans does that a preprocessed image depends on."""
     keys = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
     keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
-    stats = [(Path(f).name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in case.files]
     content = [
-        stats,
         {k: configuration.configuration.get(k) for k in keys},
         manager.plans["image_reader_writer"],
         manager.transpose_forward,
         manager.foreground_intensity_properties_per_channel,
     ]
+    return _hash(content)
+
+
+def _fingerprint(case: Case, plans: str) -> str:
+    """Changes when the image files do, or the fingerprint of the plans."""
+    return _hash([[(Path(f).name, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in case.files], plans])
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _is_done(folder: Path, identifier: str, mark: str) -> bool:
+def made_with_other_plans(folder: Path, identifiers: Iterable[str], plans: str) -> list[str]:
+    """Which preprocessed cases of a folder were not made with the plans of this :func:`plans_fingerprint`."""
+    return [i for i in identifiers if _properties(folder, i).get(PLANS_MARK) != plans]
+
+
+def _properties(folder: Path, identifier: str) -> dict[str, Any]:
+    """Of a preprocessed case; empty if they are absent, or damaged in whatever way."""
     try:
         with open(folder / f"{identifier}.pkl", "rb") as handle:
-            properties = pickle.load(handle)
-    except Exception:  # absent, or damaged in whatever way: made again
-        return False
-    return (folder / f"{identifier}.b2nd").is_file() and properties.get(SOURCE_KEY) == mark
+            return pickle.load(handle)
+    except Exception:
+        return {}
+
+
+def _is_done(folder: Path, identifier: str, mark: str) -> bool:
+    made = _properties(folder, identifier).get(SOURCE_KEY) == mark
+    return made and (folder / f"{identifier}.b2nd").is_file()
 
 
 def _preprocess(
@@ -227,7 +247,8 @@ def _preprocess_case(
     data, _, properties = preprocessor.run_case(list(case.files), None, plans_manager, manager, dataset_json)
     data = data.astype(np.float32, copy=False)
     # nnU-Net's loader reads the key unconditionally; there are no locations of classes to sample from.
-    properties = {**properties, "class_locations": {}, SOURCE_KEY: mark}
+    made_with = plans_fingerprint(plans_manager, manager)
+    properties = {**properties, "class_locations": {}, SOURCE_KEY: mark, PLANS_MARK: made_with}
     blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
     # save_case insists on a segmentation; this one voxel is not published.
     nothing = np.zeros((1, 1, 1, 1), np.int8)

@@ -56,6 +56,8 @@ class Evaluation:
         if partly:
             names = sorted({name for case in partly.values() for name in case})
             lines.append(f"{len(partly)} case(s) are without scores of labels not annotated there: {', '.join(names)}")
+        if "calibration" not in self.report:
+            lines.append("no probabilities, no calibration: predict with --save_probabilities to have it measured")
         without = self.report.get("calibration", {}).get("cases_without_probabilities", [])
         if without:
             lines.append(f"calibration is without {len(without)} case(s) that lack probabilities: {' '.join(without)}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def stored_temperature(model_folder: Path) -> float:
     """
     content = read_calibration(model_folder)
     return 1.0 if content is None else float(content["temperature"])
+
+
+def fingerprints(model_folder: Path, folds: Sequence[int | str], checkpoint: str) -> dict[str, str]:
+    """Fold -> SHA-256 of its checkpoint file: a temperature belongs to weights, not to a folder."""
+    found = {}
+    for fold in folds:
+        digest = hashlib.sha256()
+        with open(model_folder / f"fold_{fold}" / checkpoint, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        found[str(fold)] = digest.hexdigest()
+    return found
 
 
 def check_writable(model_folder: Path) -> None:
@@ -108,6 +121,14 @@ def describe_use(content: Mapping[str, Any] | None, model_folder: Path, settings
     if differing:
         pairs = ", ".join(f"{key} {_show(fitted[key])} (now {_show(here[key])})" for key in differing)
         lines.append(f"WARNING: the temperature was fitted with other settings: {pairs}. Calibrate again for these.")
+    known = content.get("weights", {})
+    common = [fold for fold in map(str, here["folds"]) if fold in known]
+    current = fingerprints(model_folder, common, here["checkpoint"]) if "checkpoint" not in differing else {}
+    changed = [fold for fold in current if current[fold] != known[fold]]
+    if changed:
+        lines.append(
+            f"WARNING: fold {', '.join(changed)} was trained again since the temperature was fitted. Calibrate again."
+        )
     if len(here["folds"]) > 1:
         lines.append(
             f"NOTE: the temperature was fitted on single folds; the mean of {len(here['folds'])} folds is less "

@@ -24,10 +24,7 @@ from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import seeded_noise, start_of_sample
 from nnunet_diffext.inference.stored import no_space
-from nnunet_diffext.networks.sampling import Sampling
-
-FEW_STEPS = 10
-"""Steps of the samples that are asked of a network whose own prediction is a single step."""
+from nnunet_diffext.networks.sampling import FEW_STEPS, Sampling
 
 
 def resolve_sampling(

@@ -16,6 +16,8 @@ from nnunet_diffext.diffusion.samplers import Model
 SAMPLERS = ("ddim", "ddpm", "dpm++", *LITERAL_READINGS)
 WITHOUT_NOISE = ("ddim", "dpm++", "eq5_mean")
 """Samplers that add no noise on the way."""
+FEW_STEPS = 10
+"""Of the samples of a network whose own prediction is a single step."""
 READOUTS = ("heads", "simplex", "softmax")
 FLOOR = 1e-4
 """Of probabilities: a prior of exactly zero could not be corrected, and costs infinitely much where it is wrong."""

@@ -144,6 +144,18 @@ def test_validation_cases_by_name(tiny) -> None:
     assert report.folds == {0: Split(("case_001", "case_002"), ("case_000",), ("case_003", "case_004"))}
 
 
+def test_images_without_labels_are_never_labeled(tiny) -> None:
+    """Ids of ``imagesTu`` come first in the alphabet here; nothing is known of them."""
+    images = ["aaa_000", "aaa_001"]
+    write_splits(tiny.preprocessed, [{"train": IDS[:4], "val": IDS[4:], "unlabeled": images}])
+    for labeled, seed in (("1", None), ("50%", None), ("2", 3)):
+        split = write_semisupervised_split(951, labeled, seed=seed, overwrite=True).folds[0]
+        assert set(split.train) <= set(IDS[:4]) and set(images) <= set(split.unlabeled)
+    assert len(split.train) == 2, "a share counts cases that have a label"
+    with pytest.raises(ValueError, match=r"\['aaa_000'\] are not among the 4 training cases"):
+        write_semisupervised_split(951, labeled_cases=["aaa_000"], overwrite=True)
+
+
 def test_wrong_calls(tiny) -> None:
     with pytest.raises(ValueError, match="either"):
         write_semisupervised_split(951)

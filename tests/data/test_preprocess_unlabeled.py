@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunet_diffext.cli.main import main
 from nnunet_diffext.data.image_checks import BadImagesError
 from nnunet_diffext.data.parallel import PreprocessingError, run_all
-from nnunet_diffext.data.unlabeled import preprocess_unlabeled
+from nnunet_diffext.data.unlabeled import made_with_other_plans, plans_fingerprint, preprocess_unlabeled
 from synthetic import write_image
 
 SHAPE, SPACING = (8, 10, 12), (1.0, 1.0, 1.0)
@@ -83,6 +83,23 @@ def test_second_call_does_only_what_is_missing_or_outdated(tiny) -> None:
     edit_plans(tiny, lambda plans: plans["configurations"]["3d_fullres"].update(spacing=[1.0, 2.0, 2.0]))
     assert preprocess(tiny).written == {"3d_fullres": EXTRA}
     assert preprocess(tiny, overwrite=True).written == {"3d_fullres": EXTRA}
+
+
+def test_images_made_with_other_plans_are_told(tiny) -> None:
+    preprocess(tiny)
+
+    def stale() -> list[str]:
+        plans = tiny.plans
+        mark = plans_fingerprint(plans, plans.get_configuration("3d_fullres"))
+        return made_with_other_plans(tiny.unlabeled_dir, [*EXTRA, "never_made"], mark)
+
+    assert stale() == ["never_made"]
+    edit_plans(tiny, lambda plans: plans["configurations"]["3d_fullres"].update(batch_size=7))
+    assert stale() == ["never_made"], "the images do not depend on it"
+    edit_plans(tiny, lambda plans: plans["configurations"]["3d_fullres"].update(spacing=[1.0, 2.0, 2.0]))
+    assert stale() == [*EXTRA, "never_made"]
+    preprocess(tiny)
+    assert stale() == ["never_made"]
 
 
 def test_cascade_shares_the_folder_of_its_base(tiny) -> None:

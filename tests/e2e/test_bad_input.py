@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -46,6 +47,13 @@ def unlabeled_without_data(folder: Path) -> None:
     edit(folder / "splits_final.json", lambda splits: splits[0]["unlabeled"].append("case_777"))
 
 
+def images_of_other_plans(folder: Path) -> None:
+    """Only the unlabelled ones are old; nnU-Net looks after its own."""
+    for file in (folder / "nnUNetPlans_3d_fullres_unlabeled").glob("*.pkl"):
+        properties = pickle.loads(file.read_bytes())
+        file.write_bytes(pickle.dumps({**properties, "diffext_plans": "of last year"}))
+
+
 def split_of_wrong_type(folder: Path) -> None:
     edit(folder / "splits_final.json", lambda splits: splits.clear() or splits.append({"train": "x", "val": []}))
 
@@ -74,6 +82,7 @@ def unknown_network(folder: Path) -> None:
         (unlabeled_and_validated_on, r"fold 0: \['case_004'\] are listed in 'unlabeled' and in 'val'"),
         (validated_on_image_in_unlabeled_folder, r"holds \['case_004'\], which fold 0 uses as"),
         (unlabeled_without_data, r"\['case_777'\] are neither in .* Run nnUNetv2_preprocess -d 801"),
+        (images_of_other_plans, r"2 images .* with other plans .*preprocess_unlabeled -d 801 -plans_name nnUNetPlans"),
         (split_of_wrong_type, "fold 0: 'train' must be a list"),
         (patch_that_strides_do_not_divide, r"Patch size \[12, 13, 12\] is not divisible .* to \[12, 12, 12\]"),
         (unknown_setting, r"Unknown setting\(s\) \['lambda_cak'\] .* Known: epochs, iterations"),
@@ -112,3 +121,14 @@ def test_wrong_names_leave_no_folder(
     assert not any((own_workspace.root / "nnUNet_results").iterdir())
     if name.startswith("nnUNetTrainer"):
         assert "Unknown token 'noCACL'" in capsys.readouterr().out
+
+
+def test_cascade_whose_first_stage_was_not_trained(own_workspace: Workspace) -> None:
+    """nnU-Net would find out in the middle of loading data."""
+    name = f"{MAIN}/{NAME}__nnUNetPlans__3d_lowres/predicted_next_stage/3d_cascade_fullres"
+    command = f"nnUNetv2_train {MAIN} 3d_lowres FOLD -tr {NAME} -p nnUNetPlans"
+    with pytest.raises(FileNotFoundError) as error:
+        train(MAIN, NAME, "3d_cascade_fullres")
+    message = str(error.value)
+    assert message.startswith("3 of 3 cases, the first is case_000, have no segmentation of 3d_lowres in ")
+    assert name in message and message.endswith(command)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from models import DATASET, REGIONS, THREE, make_model, preprocess_like_nnunet
 
 from nnunet_diffext.cli.main import main
@@ -84,6 +85,11 @@ def test_predict_uses_it_and_says_so(model: Path, raw: Path, tmp_path: Path, cap
     assert f"Temperature {temperature:.4g}" in outputs["with"] and "WARNING" not in outputs["with"]
     assert "Temperature" not in outputs["without"]
     assert "folds 0 (now 1)" in outputs["other"]
+    retrained = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(retrained, weights_only=False)
+    torch.save({**content, "current_epoch": 7}, retrained)
+    assert main([*call, "-o", str(tmp_path / "again"), "-f", "0"]) == 0
+    assert "fold 0 was trained again since the temperature was fitted" in capsys.readouterr().out
     p, q = (np.load(tmp_path / name / "case_000.npz")["probabilities"] for name in ("with", "without"))
     np.testing.assert_allclose(p, apply_temperature(q, temperature, False), atol=1e-6)
     assert not np.allclose(p, q, atol=1e-2)

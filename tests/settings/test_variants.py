@@ -235,3 +235,35 @@ def test_tokens_that_cancel_each_other_are_refused(tokens: str) -> None:
     """A name must not promise an ablation that does nothing."""
     with pytest.raises(SettingsError, match="leaves out"):
         find_trainer(f"DMEDSegTrainer_{tokens}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("PGRDTrainer_dds0", "'dds0' trains none"),
+        ("TextDiffSegTrainer_v_recycle", "needs clean latents"),
+    ],
+)
+def test_tokens_without_effect_are_refused(name: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        find_trainer(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("PGRDTrainer", (1, 1, "ddim")),
+        ("PGRDTrainer_ddpm", (1, 10, "ddpm")),
+        ("PGRDTrainer_eq5mean", (1, 10, "eq5_mean")),
+        ("PGRDTrainer_4samples", (4, 10, "ddim")),
+        ("PGRDTrainer_4samples_20steps", (4, 20, "ddim")),
+        ("PGRDTrainer_paper", (5, 300, "ddim")),
+        ("LEAFTrainer_4samples", (4, 10, "ddim")),
+        ("TextDiffSegTrainer_1steps", (1, 1, "ddim")),
+    ],
+)
+def test_samples_take_several_steps(name: str, drawn: tuple[int, int, str]) -> None:
+    """One step gives the same answer for every noise and sampler."""
+    trainer = find_trainer(name)
+    s = trainer.Settings(**trainer.overrides).sampling
+    assert (s.samples, s.steps, s.sampler) == drawn

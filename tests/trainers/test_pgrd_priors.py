@@ -17,6 +17,7 @@ from nnunet_diffext.data.prior_errors import ErrorSample, around_foreground
 from nnunet_diffext.data.splits import Split
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.networks.pgrd import PGRDNet
+from nnunet_diffext.stages import StageError
 from nnunet_diffext.trainers import guided, priors
 from nnunet_diffext.trainers.priors import PriorBank, out_of_fold
 from nnunet_diffext.trainers.staged import build_network_of
@@ -225,3 +226,30 @@ def test_kappa_of_the_settings_wins(tokens: str, kappa: float) -> None:
     other = make_trainer("kappa0p3_noPGR", FLAT, base="PGRDTrainer")
     other.initialize()
     assert float(other.module.kappa) == pytest.approx(0.3), "also where nothing is measured"
+
+
+# ------------------------------------------------------------------ a training that is continued
+def continued(began_with: str) -> Any:
+    """Trainer that has read a checkpoint of a training around such priors; no other fold of the prior is there."""
+    save_prior(kind=FLAT)
+    trainer = make_trainer("", FLAT, base="PGRDTrainer")
+    trainer.initialize()
+    trainer.restore_extra({"diffext_prior_kind": began_with, "diffext_prior_strength": 0.3})
+    trainer.do_split = lambda: (["a", "b"], ["c"])
+    return trainer
+
+
+def test_continuing_keeps_the_kind_of_priors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the other folds are finished meanwhile: kappa was measured on corrupted ones."""
+    trainer = continued("corrupted")
+    monkeypatch.setattr(guided, "out_of_fold", lambda train, splits: dict.fromkeys(train, 1))
+    trainer.bank = trainer._prior_bank()
+    assert (trainer.bank.kind, trainer.bank.strength) == ("corrupted", 0.3)
+    assert trainer.extra_checkpoint()["diffext_prior_kind"] == "corrupted"
+
+
+def test_continuing_without_the_folds_that_it_began_with() -> None:
+    trainer = continued("oof")
+    trainer.stage = None
+    with pytest.raises(StageError, match="began around out-of-fold priors.*nnUNet_diffext_prior"):
+        trainer._prior_bank()
