@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_diffext.data.dataset import foreground
 from nnunet_diffext.inference.reconstruction import ReconstructionDice, too_lossy
-from nnunet_diffext.settings import SettingsError, setting
+from nnunet_diffext.settings import setting
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.averaged import AveragedTrainer
 from nnunet_diffext.trainers.diffusion import DiffusionSettings
@@ -25,15 +25,15 @@ class LatentSettings(DiffusionSettings):
     """Settings of trainings in a latent space of masks."""
 
     recycle: bool = setting(
-        False, "noise the denoiser's own first guess in training instead of the labels' latents, as samples do; for "
-        "clean latents as prediction",
-        switches={"recycle": True},
+        True, "noise the denoiser's own first guess in training, as samples do, or the labels' (paper). It "
+        "needs clean latents as prediction: not with 'v' or 'eps'",
+        switches={"noRecycle": False},
     )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recycle and self.kind != "x0":
-            raise SettingsError(f"'recycle' needs clean latents as prediction (kind 'x0'), not '{self.kind}'.")
+    @property
+    def recycles(self) -> bool:
+        """Other predictions than the clean latents have no target for a guess that is wrong."""
+        return self.recycle and self.kind == "x0"
 
 
 class LatentTrainer(AveragedTrainer, StagedTrainer):

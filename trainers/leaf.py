@@ -46,7 +46,7 @@ class LEAFSettings(LatentSettings):
             "the paper's recipe: learning rate 4e-5, constant; uniform t; latents of image and mask of the same width",
             {
                 "initial_lr": 4e-5, "lr_decay": "constant", "weight_decay": 0.01, "terminal_share": 0.0,
-                "zero_terminal_snr": False, "image_latents": 0, "lambda_seg": 0.0,
+                "zero_terminal_snr": False, "image_latents": 0, "lambda_seg": 0.0, "recycle": False,
             },
         ),
     }  # fmt: skip
@@ -240,7 +240,7 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``latent`` (eq. 4), ``align`` (eq. 5), ``sup``: Dice + CE of the decoded estimate."""
         clean, valid = self.label_space.encode(batch["target"])
-        out: LEAFOutput = self.network(batch["data"], clean=clean, recycle=self.settings.recycle)
+        out: LEAFOutput = self.network(batch["data"], clean=clean, recycle=self.settings.recycles)
         losses = {"latent": masked_error(out.prediction, out.target, valid, squared=self.settings.squared)}
         if self.settings.lambda_seg > 0:
             losses["sup"] = self.estimate_loss(self.module.codec.decode(out.estimate), clean, valid, out.trust)

@@ -43,7 +43,7 @@ class TextDiffSegSettings(LatentSettings):
             {
                 "kind": "eps", "zero_terminal_snr": False, "latent_stride": 16, "latent_channels": 1,
                 "image_latents": 0, "lambda_anchor": 0.0, "stop_gradient": False, "initial_lr": 1e-4,
-                "weight_decay": 1e-5, "lr_decay": "cosine", "ema_decay": 0.0,
+                "weight_decay": 1e-5, "lr_decay": "cosine", "ema_decay": 0.0, "recycle": False,
             },
         ),
     }  # fmt: skip
@@ -220,7 +220,7 @@ class TextDiffSegTrainer(AdamTrainer, LatentTrainer):
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``sup`` (eq. 4), ``diffusion`` (eq. 5), ``anchor``: eq. 4 of the labels' own latents, decoded."""
         clean, valid = self.label_space.encode(batch["target"])
-        out: TextDiffSegOutput = self.network(batch["data"], clean=clean, recycle=self.settings.recycle)
+        out: TextDiffSegOutput = self.network(batch["data"], clean=clean, recycle=self.settings.recycles)
         gamma = {"dice_weight": self.settings.gamma}
         losses = {
             "sup": self.estimate_loss(out.logits, clean, valid, out.trust, **gamma),

@@ -237,16 +237,17 @@ def test_tokens_that_cancel_each_other_are_refused(tokens: str) -> None:
         find_trainer(f"DMEDSegTrainer_{tokens}")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("PGRDTrainer_dds0", "'dds0' trains none"),
-        ("TextDiffSegTrainer_v_recycle", "needs clean latents"),
-    ],
-)
-def test_tokens_without_effect_are_refused(name: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        find_trainer(name)
+def test_untrained_heads_are_not_read() -> None:
+    with pytest.raises(SettingsError, match="'dds0' trains none"):
+        find_trainer("PGRDTrainer_dds0")
+    assert find_trainer("PGRDTrainer_dds0_simplex").overrides
+
+
+@pytest.mark.parametrize("method", ["LEAFTrainer", "TextDiffSegTrainer"])
+@pytest.mark.parametrize(("tokens", "recycles"), [("", True), ("_noRecycle", False), ("_eps", False), ("_v", False)])
+def test_recycling_is_for_clean_latents(method: str, tokens: str, recycles: bool) -> None:
+    trainer = find_trainer(method + tokens)
+    assert trainer.Settings(**trainer.overrides).recycles == recycles
 
 
 @pytest.mark.parametrize(
