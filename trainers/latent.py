@@ -25,9 +25,9 @@ class LatentSettings(DiffusionSettings):
     """Settings of trainings in a latent space of masks."""
 
     recycle: bool = setting(
-        True, "noise the denoiser's own first guess in training, as samples do, or the labels' (paper). It "
-        "needs clean latents as prediction: not with 'v' or 'eps'",
-        switches={"noRecycle": False},
+        False, "noise the denoiser's own first guess in training, as samples do, not the labels' latents (paper); "
+        "only where clean latents are predicted",
+        switches={"recycle": True},
     )  # fmt: skip
 
     @property

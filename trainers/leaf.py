@@ -22,7 +22,7 @@ from nnunet_diffext.networks.leaf import LEAFNet, LEAFOutput
 from nnunet_diffext.pretrained import PretrainedError
 from nnunet_diffext.pretrained.autoencoder import CHANNELS as COLOURS
 from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
-from nnunet_diffext.settings import PLANS_KEY, setting
+from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.latent import LatentSettings, LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
@@ -46,7 +46,7 @@ class LEAFSettings(LatentSettings):
             "the paper's recipe: learning rate 4e-5, constant; uniform t; latents of image and mask of the same width",
             {
                 "initial_lr": 4e-5, "lr_decay": "constant", "weight_decay": 0.01, "terminal_share": 0.0,
-                "zero_terminal_snr": False, "image_latents": 0, "lambda_seg": 0.0, "recycle": False,
+                "zero_terminal_snr": False, "image_latents": 0, "lambda_seg": 0.0,
             },
         ),
     }  # fmt: skip
@@ -101,6 +101,13 @@ class LEAFSettings(LatentSettings):
         switches={"vitb": "vit_base_patch14_reg4_dinov2.lvd142m", "ownTeacher": OWN},
     )  # fmt: skip
     projector: str = setting("mlp", "phi of eq. 5", choices=PROJECTORS, switches={"convProjector": "conv"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recycle and not self.recycles:
+            raise SettingsError(
+                f"'recycle' needs clean latents as prediction, not '{self.kind}': leave one of them out."
+            )
 
 
 class LEAFTrainer(AdamTrainer, LatentTrainer):

@@ -94,6 +94,11 @@ class TextDiffSegSettings(LatentSettings):
         0.1, "sigma of q(z|X), noise on the estimates that the decoder is trained with", number="sigma#", minimum=0
     )
 
+    recycle: bool = setting(
+        True, "noise the denoiser's own first guess in training, as samples do, not the labels' latents (paper), "
+        "which it would learn to read; only where clean latents are predicted, not with 'v' or 'eps'",
+        switches={"noRecycle": False},
+    )  # fmt: skip
     steps: int = setting(10, "denoiser steps S per sample", number="#steps", minimum=1)
     sampler: str = setting("ddim", "sampler", choices=SAMPLERS[:3], switches={"ddpm": "ddpm", "dpmpp": "dpm++"})
 

@@ -237,16 +237,30 @@ def test_tokens_that_cancel_each_other_are_refused(tokens: str) -> None:
         find_trainer(f"DMEDSegTrainer_{tokens}")
 
 
+def test_recycling_without_effect_is_refused() -> None:
+    with pytest.raises(SettingsError, match="'recycle' needs clean latents"):
+        find_trainer("LEAFTrainer_eps_recycle")
+
+
 def test_untrained_heads_are_not_read() -> None:
     with pytest.raises(SettingsError, match="'dds0' trains none"):
         find_trainer("PGRDTrainer_dds0")
     assert find_trainer("PGRDTrainer_dds0_simplex").overrides
 
 
-@pytest.mark.parametrize("method", ["LEAFTrainer", "TextDiffSegTrainer"])
-@pytest.mark.parametrize(("tokens", "recycles"), [("", True), ("_noRecycle", False), ("_eps", False), ("_v", False)])
-def test_recycling_is_for_clean_latents(method: str, tokens: str, recycles: bool) -> None:
-    trainer = find_trainer(method + tokens)
+@pytest.mark.parametrize(
+    ("name", "recycles"),
+    [
+        ("TextDiffSegTrainer", True),
+        ("TextDiffSegTrainer_noRecycle", False),
+        ("TextDiffSegTrainer_v", False),
+        ("TextDiffSegTrainer_paper", False),
+        ("LEAFTrainer", False),
+        ("LEAFTrainer_recycle", True),
+    ],
+)
+def test_recycling_is_for_clean_latents(name: str, recycles: bool) -> None:
+    trainer = find_trainer(name)
     assert trainer.Settings(**trainer.overrides).recycles == recycles
 
 
