@@ -105,9 +105,7 @@ class LEAFSettings(LatentSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recycle and not self.recycles:
-            raise SettingsError(
-                f"'recycle' needs clean latents as prediction, not '{self.kind}': leave one of them out."
-            )
+            raise SettingsError(f"'recycle' needs clean latents as prediction, not '{self.kind}': leave one out.")
 
 
 class LEAFTrainer(AdamTrainer, LatentTrainer):
