@@ -9,7 +9,7 @@ class LatentPlanner(DiffextPlanner):
     """Largest patch, then batch, that the training step of a latent method allows; every stride divides the patch.
 
     Plans for LEAFTrainer, or with ``-tr`` for TextDiffSegTrainer. The mask autoencoder that both may build on is
-    trained with the same plans, and needs less memory than either.
+    trained with the same plans, and needs less memory than either. What LEAF's teacher needs is not counted.
     """
 
     trainer = "LEAFTrainer"

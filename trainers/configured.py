@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,29 @@ class ConfiguredTrainer(nnUNetTrainer):
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # nnU-Net takes every core of the machine
         if s.seed is not None:
             seed_everything(s.seed + self.local_rank)
+
+    def on_train_start(self) -> None:
+        """nnU-Net's, which writes the settings over those of the other folds: all folds of a model share them.
+
+        Raises:
+            SettingsError: another fold was trained with other ones, and could not be predicted with any more.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        model = Path(self.output_folder_base)
+        others = [f.parent.name for f in model.glob("fold_*/checkpoint_*.pth") if f.parent != Path(self.output_folder)]
+        if others and (model / "plans.json").is_file():
+            before = json.loads((model / "plans.json").read_text()).get(PLANS_KEY, {}).get(self.base_name, {})
+            now = json.loads(json.dumps(self.plans_manager.plans[PLANS_KEY][self.base_name]))
+            different = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+            if different:
+                key = different[0]
+                raise SettingsError(
+                    f"{model} holds {others[0]}, trained with other settings: {', '.join(different)} ({key} was "
+                    f"{before[key]!r}, now {now[key]!r}). Folds of a model share them. Train this fold as that one "
+                    "was, or move the old model away and train all folds again."
+                )
+        super().on_train_start()
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's, after a look at what the second stage of a cascade needs.

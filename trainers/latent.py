@@ -89,6 +89,11 @@ class LatentTrainer(AveragedTrainer, StagedTrainer):
         dice = score.dice()
         said = ", ".join(f"{name} {d:.4f}" for name, d in zip(names, dice, strict=True))
         self.print_to_log_file(f"Reconstruction Dice of {batches * self.batch_size} training patches: {said}")
+        unseen = [name for name, d in zip(names, dice, strict=True) if math.isnan(d)]
+        if unseen:
+            self.print_to_log_file(
+                f"WARNING: no patch showed {', '.join(unseen)}: not known how much of it survives the latent space."
+            )
         lossy = too_lossy(dice, names, self.settings.least_reconstruction)
         if lossy:
             raise StageError(self._too_lossy_message(lossy))

@@ -104,6 +104,8 @@ class LEAFSettings(LatentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.codec == "kl8" and self.image_latents not in (0, LEAFSettings.image_latents):
+            raise SettingsError("'kl8' brings its own image encoder: leave out 'imageLatents#'.")
         if self.recycle and not self.recycles:
             raise SettingsError(f"'recycle' needs clean latents as prediction, not '{self.kind}': leave one out.")
 

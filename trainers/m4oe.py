@@ -86,6 +86,8 @@ class M4oESettings(SwinSettings):
         super().__post_init__()
         if self.top1 and self.gate not in ("token", "sample"):
             raise SettingsError("'top1' needs a gate over experts: leave out 'noGN' or 'officialGate'.")
+        if self.where == "none" and (self.experts is not None or self.lambda_balance > 0 or self.gate != "token"):
+            raise SettingsError("'woMoE' has no experts: leave out 'experts#', 'balance#' and tokens for the gate.")
         if self.freeze_old and not self.pretrained:
             raise SettingsError("'freezeOld' trains on from a model of nnunet_diffext add_modality: leave out 'noMAE'.")
 

@@ -96,23 +96,25 @@ class StagedTrainer(DiffextTrainer):
         return json.loads(plans.read_text()).get(PLANS_KEY) if plans.is_file() else None
 
 
-def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str) -> Stage:
+def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str, configuration: str | None = None) -> Stage:
     """The same fold of an earlier training on the same data, plans and labels.
 
     Args:
         trainer: the training that builds on it.
         name: of the stage; the variable ``nnUNet_diffext_<name>`` comes first.
         wanted: trainer to look for in ``nnUNet_results``.
+        configuration: default: that of the training.
     Raises:
         StageError: there is none, or it does not fit. CheckpointError: its file is damaged or unsafe.
     """
     plans = trainer.plans_manager.plans
+    configuration = configuration or trainer.configuration_name
     names = [trainer.plans_manager.plans_name]
     base = plans[PLANS_KEY].get(PLANNER_KEY, {}).get("base_plans")
     names += [base] if base and base not in names else []
-    where = (plans["dataset_name"], trainer.configuration_name, wanted, names, trainer.fold)
+    where = (plans["dataset_name"], configuration, wanted, names, trainer.fold)
     stage = load_stage(find_model_folder(name, *where), trainer.fold)
-    check_fits(stage, plans, trainer.configuration_name, trainer.dataset_json)
+    check_fits(stage, plans, configuration, trainer.dataset_json)
     return stage
 
 

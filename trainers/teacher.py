@@ -11,6 +11,7 @@ from nnunet_diffext.data.dataset import channel_names
 from nnunet_diffext.data.modalities import modalities_of
 from nnunet_diffext.networks.swin_teacher import SwinTeacher
 from nnunet_diffext.pretrained.vision import VARIABLE, PatchTeacher, load_teacher
+from nnunet_diffext.settings import PLANS_KEY
 from nnunet_diffext.stages import StageError
 from nnunet_diffext.trainers.base import DiffextTrainer
 from nnunet_diffext.trainers.staged import build_network_of, fitting_stage, load_weights
@@ -38,18 +39,36 @@ def find_teacher(trainer: DiffextTrainer, name: str) -> Teacher:
 
 
 def _own_teacher(trainer: DiffextTrainer, name: str) -> SwinTeacher:
-    stage = fitting_stage(trainer, "teacher", name)
+    configuration = _of_images(trainer)
+    try:
+        stage = fitting_stage(trainer, "teacher", name, configuration)
+    except StageError as error:
+        raise StageError(f"{error}\n Or train without a teacher: token noAlign.") from error
     if stage.trainer_name.split("_")[0] != OWN:
         raise StageError(
             f"{stage.folder} was trained by {stage.trainer_name}, which is no masked autoencoder of images. "
             f"Let {VARIABLE} name a training of {OWN}, or the weights of a vision transformer."
         )
+    modalities = modalities_of(trainer.dataset_json)
+    known = stage.plans[PLANS_KEY][OWN]["modalities"]
+    if tuple(known) != modalities.names:
+        raise StageError(
+            f"{stage.folder} knows the modalities {', '.join(known)}; this training is on "
+            f"{', '.join(modalities.names)}. Repeat the pre-training on this dataset, or train without a teacher: "
+            "token noAlign."
+        )
     plans = PlansManager(dict(stage.plans))
     heads = plans.get_label_manager(trainer.dataset_json).num_segmentation_heads
     channels = len(channel_names(trainer.dataset_json))
-    autoencoder = build_network_of(
-        stage.trainer_name, plans, plans.get_configuration(trainer.configuration_name), channels, heads
-    )
+    autoencoder = build_network_of(stage.trainer_name, plans, plans.get_configuration(configuration), channels, heads)
     load_weights(autoencoder, stage)
     trainer.print_to_log_file(f"Teacher: {stage.folder}, fold {stage.fold}.")
-    return SwinTeacher(autoencoder, modalities_of(trainer.dataset_json).index)
+    return SwinTeacher(autoencoder, modalities.index)
+
+
+def _of_images(trainer: DiffextTrainer) -> str:
+    """The configuration without the masks that the second stage of a cascade also sees; they share data and patch."""
+    name = trainer.configuration_name
+    if trainer.configuration_manager.previous_stage_name is None:
+        return name
+    return trainer.plans_manager.plans["configurations"][name].get("inherits_from", name)

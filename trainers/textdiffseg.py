@@ -108,7 +108,19 @@ class TextDiffSegSettings(LatentSettings):
             raise SettingsError("'twoStage' trains no label encoder: leave out 'zeta3' and 'throughEncoder'.")
         if self.lambda_anchor == 0 and self.stop_gradient and not (self.two_stage or self.simple_labels):
             raise SettingsError(
-                "Without anchor, nothing would train the label encoder: add the token 'throughEncoder' to 'anchor0'."
+                "Without anchor, nothing would train the label encoder: add the tokens 'throughEncoder' and "
+                "'noRecycle' to 'anchor0'."
+            )
+        if self.lambda_anchor == 0 and self.recycles and not (self.two_stage or self.simple_labels):
+            raise SettingsError(
+                "Without anchor, only what the denoiser sees of the labels could keep their latents decodable, and it "
+                "sees nothing of them: add the token 'noRecycle' to 'anchor0'."
+            )
+        own = ("latent_stride", "latent_channels", "decoder_width")
+        if self.two_stage and any(getattr(self, name) != getattr(TextDiffSegSettings, name) for name in own):
+            raise SettingsError(
+                "'twoStage' takes the latent space as it was trained: leave out 'stride#', 'channels#' and 'width#' "
+                "here and give them to MaskAutoencoderTrainer."
             )
 
 

@@ -134,6 +134,7 @@ class DMEDNet(nn.Module):
             with torch.no_grad():
                 start = self.de_pass(clean_image, torch.randn_like(clean, dtype=torch.float32))
                 clean = self.label_space.probabilities(start.logits)
+            torch.clear_autocast_cache()  # before PyTorch 2.10, casts made here would hide gradients later (#112583)
         t, y_t = self.noised(clean)
         return output._replace(denoised=self.de_pass(clean_image, y_t, t).logits)
 

@@ -110,7 +110,9 @@ class LatentDiffusionNet(DiffusionNet):
         """Clean latents as they are predicted from pure noise, shaped like ``z0``."""
         noise = torch.randn_like(z0)
         t = torch.full((len(z0),), self.schedule.timesteps - 1, device=z0.device)
-        return to_x0(self.denoise(known, noise, t).logits.float(), noise, t, self.schedule, self.kind)
+        guess = self.denoise(known, noise, t).logits.float()
+        torch.clear_autocast_cache()  # before PyTorch 2.10, casts made here would hide gradients later (#112583)
+        return to_x0(guess, noise, t, self.schedule, self.kind)
 
     def draw_probabilities(self, known: Any, noise: Tensor, *, steps: int, sampler: str, seed: int) -> Tensor:
         """See :class:`DiffusionNet`."""

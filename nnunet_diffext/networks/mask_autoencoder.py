@@ -67,10 +67,10 @@ class MaskAutoencoder(nn.Module):
         Args:
             masks: one-hot, bool ``(B, K, *patch)``.
         Raises:
-            NotImplementedError: for anything but bool, such as an image.
+            TypeError: for anything but bool, such as an image.
         """
         if masks.dtype is not torch.bool:
-            raise NotImplementedError(
+            raise TypeError(
                 "A mask autoencoder reconstructs masks and cannot segment an image. Train a method that builds on it, "
                 "for example -tr LEAFTrainer, and predict with that."
             )

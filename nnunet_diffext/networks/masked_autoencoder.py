@@ -93,10 +93,10 @@ class M4oEAutoencoder(nn.Module):
             image: ``(B, C, *patch)``.
             modality: ``(B,)``, the expert of every sample.
         Raises:
-            NotImplementedError: ``modality`` is missing, as when a predictor asks for a segmentation.
+            TypeError: ``modality`` is missing, as when a predictor asks for a segmentation.
         """
         if modality is None:
-            raise NotImplementedError(
+            raise TypeError(
                 "A masked autoencoder reconstructs images and cannot segment them. Train the method that builds on it, "
                 "-tr M4oETrainer, and predict with that."
             )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from ranks import Results, check_ranks_agree, train_on_two_ranks
-from workspace import MAIN, Workspace, curves, log_of, predict, train
+from workspace import MAIN, Workspace, curves, log_of, make_trainer, predict, train
 
 from nnunet_diffext.checkpoints import read_safely
+from nnunet_diffext.networks.swin_teacher import SwinTeacher
 from nnunet_diffext.stages import FINAL
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pretrained"))
@@ -31,7 +32,7 @@ STEPS = (
     *(f"LEAFTrainer_{token}_2iters_seed3" for token in ("convProjector", "eps_noAlign", "paper_noAlign")),
     *(
         f"TextDiffSegTrainer_randomText_{token}_2iters_seed3"
-        for token in ("zeta1", "zeta2", "zeta3", "twoStage", "paper_stride2", "throughEncoder_anchor0", "v")
+        for token in ("zeta1", "zeta2", "zeta3", "twoStage", "paper_stride2", "throughEncoder_anchor0_noRecycle", "v")
     ),
 )
 
@@ -94,3 +95,15 @@ def test_second_stage_of_a_cascade(
         assert weights["codec.encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 2, "background and ball"
         output = predict(model, test_images, tmp_path / name, folder_with_segs_from_prev_stage=str(low))
         assert len(list(output.glob("*.nii.gz"))) == 2 and "non-finite" not in log_of(model / "fold_0")
+
+
+def test_own_teacher_in_a_cascade(workspace: Workspace, main_dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masked autoencoder knows no masks: it is that of the images alone, in the configuration they come from."""
+    cascade, teacher = "3d_cascade_fullres", "M4oEPretrainTrainer_dim8_window3_1epochs_1iters_1valiters"
+    train(main_dataset, teacher, "3d_fullres")
+    train(main_dataset, CODEC, cascade)
+    monkeypatch.setenv(VARIABLES[0], str(workspace.model(MAIN, CODEC, cascade)))
+    monkeypatch.setenv(VARIABLES[1], str(workspace.model(MAIN, teacher)))
+    made = make_trainer(main_dataset, "LEAFTrainer_ownTeacher_preflight0", cascade)
+    made.initialize()
+    assert isinstance(made.vision, SwinTeacher) and made.num_input_channels == 2

@@ -76,7 +76,7 @@ def test_images_are_refused() -> None:
     """As nnU-Net's predictor would show them."""
     codec = make_codec()
     for image in (image_of(channels=2), onehot_of(), onehot_of().short()):
-        with pytest.raises(NotImplementedError, match="cannot segment an image. .* -tr LEAFTrainer, and predict"):
+        with pytest.raises(TypeError, match="cannot segment an image. .* -tr LEAFTrainer, and predict"):
             codec(image)
 
 

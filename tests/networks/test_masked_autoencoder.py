@@ -158,7 +158,7 @@ def test_one_expert_becomes_several() -> None:
 
 # ------------------------------------------------------------------ contracts
 def test_it_refuses_to_segment() -> None:
-    with pytest.raises(NotImplementedError, match="cannot segment them. .* -tr M4oETrainer, and predict"):
+    with pytest.raises(TypeError, match="cannot segment them. .* -tr M4oETrainer, and predict"):
         make_autoencoder().eval()(images())
 
 

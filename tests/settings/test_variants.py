@@ -282,3 +282,18 @@ def test_samples_take_several_steps(name: str, drawn: tuple[int, int, str]) -> N
     trainer = find_trainer(name)
     s = trainer.Settings(**trainer.overrides).sampling
     assert (s.samples, s.steps, s.sampler) == drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("TextDiffSegTrainer_anchor0_throughEncoder", "sees nothing of them: add the token 'noRecycle'"),
+        ("TextDiffSegTrainer_twoStage_stride4", "'twoStage' takes the latent space as it was trained"),
+        ("LEAFTrainer_kl8_imageLatents16", "brings its own image encoder"),
+        ("M4oETrainer_woMoE_balance0p01", "'woMoE' has no experts"),
+        ("M4oETrainer_woMoE_experts5", "'woMoE' has no experts"),
+    ],
+)
+def test_tokens_that_another_one_cancels(name: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        find_trainer(name)

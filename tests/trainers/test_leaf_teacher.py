@@ -96,8 +96,9 @@ def test_no_teacher_of_this_name() -> None:
     save_codec()
     trainer = make_trainer("ownTeacher", FLAT, base="LEAFTrainer")
     command = f"nnUNetv2_train {DATASET} 2d 0 -tr M4oEPretrainTrainer -p nnUNetPlans"
-    with pytest.raises(StageError, match=f"No teacher for fold 0 in .*Train it first:\n  {command}"):
+    with pytest.raises(StageError, match=f"No teacher for fold 0 in .*Train it first:\n  {command}") as error:
         trainer.initialize()
+    assert "token noAlign" in str(error.value)
     assert trainer.network is None
 
 
@@ -105,3 +106,10 @@ def test_another_training_is_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(TEACHER, str(save_prior(kind=FLAT)[0]))
     with pytest.raises(StageError, match="trained by nnUNetTrainer, which is no masked autoencoder"):
         leaf("")
+
+
+def test_modalities_of_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = {"modalities": {case: TWO["modalities"][case] for case in reversed(CASES)}}
+    monkeypatch.setenv(TEACHER, str(save_teacher(labels=LABELS, diffext=turned)))
+    with pytest.raises(StageError, match="knows the modalities MR, CT; this training is on CT, MR"):
+        leaf("", labels=LABELS, diffext={"modalities": CASES})

@@ -140,7 +140,7 @@ def test_contradictory_settings(tokens: str, message: str) -> None:
 def test_label_encoder_that_nothing_would_train() -> None:
     with pytest.raises(SettingsError, match="would train the label encoder"):
         find_trainer("TextDiffSegTrainer_anchor0")
-    for tokens in ("anchor0_throughEncoder", "anchor0_zeta3", "anchor0_twoStage"):
+    for tokens in ("anchor0_throughEncoder_noRecycle", "anchor0_zeta3", "anchor0_twoStage"):
         find_trainer(f"TextDiffSegTrainer_{tokens}")
 
 
