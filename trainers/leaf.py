@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffext.data.dataset import channel_names
-from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.alignment import feature_alignment
 from nnunet_diffext.losses.diffusion import masked_error
-from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.projector import PROJECTORS, Projector
-from nnunet_diffext.networks.kl_codec import KLCodec
 from nnunet_diffext.networks.leaf import LEAFNet, LEAFOutput
 from nnunet_diffext.pretrained import PretrainedError
-from nnunet_diffext.pretrained.autoencoder import CHANNELS as COLOURS
-from nnunet_diffext.pretrained.autoencoder import autoencoder_from_config, load_autoencoder
+from nnunet_diffext.pretrained.autoencoder import load_autoencoder
 from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
 from nnunet_diffext.trainers.adam import AdamTrainer
+from nnunet_diffext.trainers.kl_codec import kl_codec
 from nnunet_diffext.trainers.latent import LatentSettings, LatentTrainer
 from nnunet_diffext.trainers.staged import build_network_of
 from nnunet_diffext.trainers.teacher import OWN, Teacher, find_teacher
@@ -135,7 +132,8 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         s, label_space, architecture = LEAFTrainer.read_plans(plans_manager, configuration_manager)
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
         if s.codec == "kl8":
-            codec = kl_codec(s.codec_config, architecture, label_space, num_input_channels)
+            schemes = configuration_manager.normalization_schemes
+            codec = kl_codec(s.codec_config, architecture, label_space, num_input_channels, schemes)
         else:
             codec = build_network_of(s.codec_trainer, *arguments)
         return LEAFNet(
@@ -260,35 +258,3 @@ class LEAFTrainer(AdamTrainer, LatentTrainer):
         image = image[:, : len(channel_names(self.dataset_json))]  # in a cascade, masks of the stage before follow
         features, tokens = self.vision.pair(image.float(), features, self.settings.align_slices, keys)
         return feature_alignment(self.projector(features), tokens)
-
-
-def kl_codec(
-    config: Mapping[str, Any] | None, architecture: Architecture, label_space: LabelSpace, image_channels: int
-) -> KLCodec:
-    """The codec around an autoencoder of this configuration; its weights come from a checkpoint.
-
-    Raises:
-        ValueError: the plan is not 2D, or has no stage at the autoencoder's resolution; or its image encoder, for
-            colours, would not see all channels.
-    """
-    if config is None:
-        raise ValueError("The plans hold no 'codec_config': no LEAFTrainer_kl8 training wrote them.")
-    if architecture.dim != 2:
-        raise ValueError("Token 'kl8': the autoencoder is for 2D images. Use the 2d configuration, or leave 'kl8' out.")
-    if image_channels > COLOURS:
-        raise ValueError(
-            f"Token 'kl8': the pretrained image encoder sees {COLOURS} channels, this dataset has {image_channels}. "
-            "Leave 'kl8' out and train a MaskAutoencoderTrainer instead."
-        )
-    stride = 2 ** (len(config["block_out_channels"]) - 1)
-    level = architecture.level_within(stride)
-    if architecture.stride_of(level) != (stride, stride):
-        raise ValueError(
-            f"Token 'kl8': the autoencoder has stride {stride}, but no stage above the deepest of this plan has: their "
-            f"strides are {[architecture.stride_of(i) for i in range(len(architecture.strides))]}. Leave 'kl8' out, or "
-            "plan with larger patches."
-        )
-    return KLCodec(
-        autoencoder_from_config(config), label_space, channels=config["latent_channels"], stride=(stride, stride),
-        level=level,
-    )  # fmt: skip

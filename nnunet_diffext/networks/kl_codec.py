@@ -27,6 +27,7 @@ class KLCodec(nn.Module):
         stride: pixels per latent.
         level: stage of nnU-Net's plan that has this stride.
         temperature: of the logits.
+        image_range: values of nnU-Net's images that become -1 and 1.
     Raises:
         ValueError: more classes or regions than colours can tell apart.
     """
@@ -42,6 +43,7 @@ class KLCodec(nn.Module):
         stride: tuple[int, ...],
         level: int,
         temperature: float = 0.5,
+        image_range: tuple[float, float] = (-3.0, 3.0),
     ) -> None:
         super().__init__()
         limit, what = (MAX_REGIONS, "regions") if label_space.regions else (MAX_CLASSES, "classes")
@@ -52,6 +54,7 @@ class KLCodec(nn.Module):
             )
         self.autoencoder, self.label_space = autoencoder, label_space
         self.channels, self.stride, self.level, self.temperature = channels, stride, level, temperature
+        self.image_range = image_range
         self.scale = LatentScale(channels)
         corners = torch.tensor(list(product((-1.0, 1.0), repeat=3)))[: label_space.num_heads]
         self.register_buffer("corners", corners, persistent=False)
@@ -87,18 +90,23 @@ class KLCodec(nn.Module):
 
     def image_encoder(self) -> RGBEncoder:
         """A trainable copy of the autoencoder's encoder (LEAF, E_theta)."""
-        return RGBEncoder(self.autoencoder)
+        return RGBEncoder(self.autoencoder, self.image_range)
 
 
 class RGBEncoder(nn.Module):
     """Images of nnU-Net to the latents of a pretrained autoencoder, trainable: ``(B, C, H, W)`` -> ``(B, k, h, w)``.
 
     One channel is shown as grey, two as the first and twice the second; of more than three it would see the first three
-    only. Z-scores of -3 and 3 become black and white.
+    only.
+
+    Args:
+        autoencoder: see :class:`KLCodec`.
+        image_range: values that become black and white.
     """
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, autoencoder: nn.Module, image_range: tuple[float, float] = (-3.0, 3.0)) -> None:
         super().__init__()
+        self.low, self.high = image_range
         self.encoder = deepcopy(autoencoder.encoder).requires_grad_(True)
         quant = getattr(autoencoder, "quant_conv", None)
         self.quant = nn.Identity() if quant is None else deepcopy(quant).requires_grad_(True)
@@ -106,5 +114,6 @@ class RGBEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """See the class."""
         rgb = image[:, [min(i, image.shape[1] - 1) for i in range(3)]]
-        moments = self.quant(self.encoder((rgb / 3).clamp(-1, 1)))
+        scaled = 2 * (rgb - self.low) / (self.high - self.low) - 1
+        moments = self.quant(self.encoder(scaled.clamp(-1, 1)))
         return moments.chunk(2, dim=1)[0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from tiny import DATASET, Kind, make_trainer, parameters_of
+from tiny import DATASET, Kind, make_plans, make_trainer, parameters_of
 from tiny_latent import FLAT, SMALL, batch_of, changed, leaf, offline, save_codec, use_autoencoder
 from tiny_prior import finish, save_prior
 
@@ -199,6 +199,28 @@ DEEPER = Kind((16, 24), ((1, 1), (4, 4), (2, 2)), features=(4, 8, 8))
 def test_kl8_does_not_fit(kind: Kind, options: dict[str, Any], message: str, kl: Path) -> None:
     with pytest.raises(ValueError, match=message):
         leaf(KL, kind, codec=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "black_and_white"),
+    [("ZScoreNormalization", (-3, 3)), ("CTNormalization", (-3, 3)), ("RGBTo01Normalization", (0, 1))],
+)
+def test_kl8_sees_the_range_that_nnunet_normalised_to(scheme: str, black_and_white: tuple, kl: Path) -> None:
+    plans = make_plans(FLAT)
+    plans["configurations"]["2d"]["normalization_schemes"] = [scheme]
+    encoder = leaf(KL, codec=False, plans=plans).network.encoder
+    seen: list[torch.Tensor] = []
+    encoder.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for value, wanted in zip((*black_and_white, sum(black_and_white) / 2), (-1, 1, 0), strict=True):
+        encoder(torch.full((1, 1, *FLAT.patch), float(value)))
+        torch.testing.assert_close(seen[-1], torch.full((1, 3, *FLAT.patch), float(wanted)))
+
+
+def test_kl8_with_images_of_unknown_range(kl: Path) -> None:
+    plans = make_plans(FLAT)
+    plans["configurations"]["2d"]["normalization_schemes"] = ["NoNormalization"]
+    with pytest.raises(ValueError, match=r"all z-scores or all in \[0, 1\], not NoNormalization. Change the names"):
+        leaf(KL, codec=False, plans=plans)
 
 
 def test_kl8_without_weights() -> None:
