@@ -174,7 +174,7 @@ def plans_fingerprint(manager: PlansManager, configuration: ConfigurationManager
         {k: configuration.configuration.get(k) for k in keys},
         manager.plans["image_reader_writer"],
         manager.transpose_forward,
-        manager.foreground_intensity_properties_per_channel,
+        manager.plans.get("foreground_intensity_properties_per_channel"),
     ]
     return _hash(content)
 

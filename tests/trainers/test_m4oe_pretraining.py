@@ -90,5 +90,5 @@ def test_nothing_to_write_before_the_first_validation() -> None:
 
 
 def test_cannot_segment() -> None:
-    with pytest.raises(NotImplementedError, match="-tr M4oETrainer"):
+    with pytest.raises(TypeError, match="-tr M4oETrainer"):
         pretraining().network.eval()(torch.randn(1, 1, 16, 24))
