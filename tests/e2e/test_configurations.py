@@ -8,7 +8,19 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from workspace import MAIN, Workspace, curves, log_of, make_trainer, plan, predict, preprocess, shrink, train
+from workspace import (
+    MAIN,
+    Workspace,
+    check_segmentations,
+    curves,
+    log_of,
+    make_trainer,
+    plan,
+    predict,
+    preprocess,
+    shrink,
+    train,
+)
 
 from synthetic import make_raw_dataset
 
@@ -23,15 +35,7 @@ def check_model(model: Path, images: Path, output: Path, fold: int | str = 0, **
     summary = json.loads((model / f"fold_{fold}" / "validation" / "summary.json").read_text())
     assert np.isfinite(summary["foreground_mean"]["Dice"])
     predict(model, images, output, (fold,), **options)
-    labels = json.loads((model / "dataset.json").read_text())["labels"]
-    known = {v for entry in labels.values() for v in ([entry] if isinstance(entry, int) else entry)}
-    files = list(output.glob("*.nii.gz"))
-    assert files
-    for file in files:
-        image = sitk.ReadImage(str(images / file.name.replace(".nii.gz", "_0000.nii.gz")))
-        segmentation = sitk.ReadImage(str(file))
-        assert segmentation.GetSize() == image.GetSize()
-        assert set(np.unique(sitk.GetArrayFromImage(segmentation)).tolist()) <= known
+    check_segmentations(model, images, output)
     log = log_of(model / f"fold_{fold}")
     assert "non-finite" not in log
     return log

@@ -14,6 +14,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import SimpleITK as sitk
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
@@ -147,6 +149,19 @@ def predict(model: Path, images: Path, output: Path, folds: Sequence[int | str] 
     predictor.initialize_from_trained_model_folder(str(model), folds)
     predictor.predict_from_files_sequential(str(images), str(output), **options)
     return output
+
+
+def check_segmentations(model: Path, images: Path, output: Path) -> None:
+    """Files in ``output``: on the grid of their images, and with no other values than the model's labels."""
+    labels = json.loads((model / "dataset.json").read_text())["labels"]
+    known = {v for entry in labels.values() for v in ([entry] if isinstance(entry, int) else entry)}
+    files = list(output.glob("*.nii.gz"))
+    assert files
+    for file in files:
+        image = sitk.ReadImage(str(images / file.name.replace(".nii.gz", "_0000.nii.gz")))
+        segmentation = sitk.ReadImage(str(file))
+        assert segmentation.GetSize() == image.GetSize()
+        assert set(np.unique(sitk.GetArrayFromImage(segmentation)).tolist()) <= known
 
 
 def command(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
