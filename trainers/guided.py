@@ -70,7 +70,7 @@ class GuidedTrainer(StagedTrainer):
             folds = [k for k in range(number_of_folds(base)) if (folder / f"fold_{k}" / FINAL).is_file()]
             fold_of = out_of_fold(train, {k: load_split(base, k) for k in folds if k != self.fold})
             missing = [case for case in train if case not in fold_of]
-            if missing and kind == "oof":
+            if missing and kind == "oof" and self._began_with is None:
                 raise StageError(
                     f"Token 'oof': {len(missing)} training cases, among them {missing[0]}, are in the training split "
                     f"of every prior in {folder} (folds {folds}). Train the prior on the other folds, or leave the "
