@@ -82,3 +82,16 @@ def test_cases_that_the_file_does_not_name_are_scored_on_everything(tmp_path: Pa
     report = report_of(pred, gt)
     assert report["not_annotated"] == {}
     assert report["metric_per_case"][1]["metrics"]["2"]["FP"] > 0
+
+
+def test_reference_that_holds_such_a_label_all_the_same(tmp_path: Path) -> None:
+    """It counts as background, as in the prediction: its probability there is zero, which no score may punish."""
+    pred, gt = folders(tmp_path, LABELS, ORGAN_ONLY)
+    write_labels(gt / "case_1.nii.gz", reference_of(1))
+    row = report_of(pred, gt)["metric_per_case"][1]
+    p = read_probabilities(pred / "case_1.npz")
+    merged = np.stack([p[0] + p[2], p[1], 0 * p[2]])
+    reference = reference_of(1)
+    assert (reference == 2).any()
+    expected = calibration(merged, np.where(reference == 2, 0, reference)).as_dict()
+    assert row["calibration"]["nll"] == pytest.approx(expected["nll"])
