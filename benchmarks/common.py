@@ -78,6 +78,12 @@ def train_fold(
     return folder
 
 
+def seconds_per_epoch(*logs: Path) -> float | None:
+    """Median of the epoch times in seconds that nnU-Net printed, None where there are none."""
+    times = [float(t) for log in logs for t in re.findall(r"Epoch time: ([\d.]+) s", log.read_text())]
+    return statistics.median(times) if times else None
+
+
 def predict(images: Path, out: Path, model: Path, fold: int, env: dict[str, str], logs: Path, *flags: str) -> None:
     """A folder of images through ``nnunet_diffext predict``, no mirroring; ``out`` starts empty."""
     shutil.rmtree(out, ignore_errors=True)

@@ -25,13 +25,12 @@ import os
 import re
 import resource
 import shutil
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import CONFIGURATION, comparison_table, load_json, save_json, shrink
+from common import CONFIGURATION, comparison_table, load_json, save_json, seconds_per_epoch, shrink
 
 from nnunet_diffext.demo.commands import CommandResult, EpochReport, nnunet_environment, run_command
 from nnunet_diffext.evaluation.folder import by_name, evaluate_predictions
@@ -137,12 +136,6 @@ def make_run(name: str, seed: int, epochs: int, iterations: int, wallclock_ratio
         base, tokens = "nnUNetTrainer" if plain in STOCK else base, []
     budget = [f"{epochs}epochs", f"{iterations}iters", "5valiters", f"seed{seed}"]
     return Run(name, "_".join([base, *tokens, *budget]), fold, seed, epochs)
-
-
-def seconds_per_epoch(log: Path) -> float | None:
-    """Median of the epoch times in seconds that nnU-Net printed, None where there are none."""
-    times = [float(t) for t in re.findall(r"Epoch time: ([\d.]+) s", log.read_text())]
-    return statistics.median(times) if times else None
 
 
 def train(run: Run, dataset: str, env: dict[str, str], work: Path) -> tuple[Path, dict[str, Any]]:

@@ -1,19 +1,18 @@
 """M4oE: one network for several modalities, next to one nnU-Net per dataset and one nnU-Net for all.
 
-    python benchmarks/modalities.py --work DIR [--data .../Dataset910_LeftAtrium]
+    python benchmarks/modalities.py --work DIR [--data .../Dataset910_LeftAtrium] [--rows ROW ...]
     python benchmarks/modalities.py --table
 
 The data are those of modality_data.py: four partly annotated sources in three modalities. Test images have complete
 labels, and a modality is asked for every label that one of its sources annotated. Trainings have the same patch, batch
 and number of iterations; the pre-training of M4oE comes on top. With --data, a trained M4oE learns the left atrium as a
-fourth modality, with and without its old parts frozen, and is tested on all four.
+fourth modality, with and without its old parts frozen, and is tested on all four. What is finished is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from common import load_json, predict, save_json, train_fold
+import torch
+from common import load_json, predict, save_json, seconds_per_epoch, train_fold
 from modality_data import ATRIUM_MODALITY, FOUR, SOURCES, THREE, labels_of, prepare
 
 from nnunet_diffext.demo.commands import nnunet_environment, run_command
 from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS
 from nnunet_diffext.evaluation.provenance import provenance
+from nnunet_diffext.files import FINAL
 
 MODALITIES = tuple(dict.fromkeys(s.modality for s in SOURCES))
 SIZE = "dim24"
@@ -48,12 +49,20 @@ ROWS = {
     "M4oE, asBackground": Row(f"M4oETrainer_{SIZE}_asBackground", ""),
     "M4oE, woMoE": Row(f"M4oETrainer_{SIZE}_woMoE", "_plain"),
     "M4oE, encoderOnly": Row(f"M4oETrainer_{SIZE}_encoderOnly", ""),
+    "M4oE, encoderOnly, noGN": Row(f"M4oETrainer_{SIZE}_encoderOnly_noGN", ""),
     "M4oE, decoderOnly": Row(f"M4oETrainer_{SIZE}_decoderOnly", "_plain"),
+    "M4oE, decoderOnly, noGN": Row(f"M4oETrainer_{SIZE}_decoderOnly_noGN", "_plain"),
     "M4oE, noGN": Row(f"M4oETrainer_{SIZE}_noGN", ""),
     "M4oE, officialGate": Row(f"M4oETrainer_{SIZE}_officialGate", ""),
     "M4oE, top1": Row(f"M4oETrainer_{SIZE}_top1_balance0p01", ""),
 }
 PER_DATASET = "one nnU-Net per dataset"
+GROWTH = {
+    "fourth modality: before it is trained": None,
+    "fourth modality: all trained on": f"M4oETrainer_{SIZE}",
+    "fourth modality: freezeOld": f"M4oETrainer_{SIZE}_freezeOld",
+    "four modalities from scratch, noMAE": f"M4oETrainer_{SIZE}_noMAE",
+}
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
@@ -63,7 +72,7 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
 
 
 class Benchmark:
-    """Trains, predicts and scores; what is finished is not repeated."""
+    """Trains, predicts and scores."""
 
     def __init__(self, work: Path, epochs: int, iterations: int, out: Path, atrium: Path | None) -> None:
         self.work, self.out = work, out
@@ -106,6 +115,19 @@ class Benchmark:
         save_json(content, self.out)
         print(f"{name}: " + ", ".join(f"{m} {np.mean(list(s.values())):.4f}" for m, s in scores.items()), flush=True)
 
+    def test(self, name: str, model: Path, modalities: Sequence[str], *, told: bool) -> None:
+        """Predict the test images of some modalities, told or guessed, score and record them."""
+        scores = {}
+        for modality in modalities:
+            predictions = self.predict(model, modality, *(["--modality", modality] if told else []))
+            scores[modality] = self.score(predictions, model, modality, labels_of(modality))
+        weights = torch.load(model / "fold_0" / FINAL, map_location="cpu", weights_only=False)["network_weights"]
+        self.record(
+            name, scores,
+            parameters=sum(w.numel() for w in weights.values() if w.is_floating_point()),
+            seconds_per_epoch=seconds_per_epoch(*(model / "fold_0").glob("training_log_*.txt")),
+        )  # fmt: skip
+
     def per_dataset(self) -> None:
         """One nnU-Net for every source; each answers for the labels that it has learnt."""
         scores: dict[str, dict[str, float]] = {}
@@ -115,44 +137,38 @@ class Benchmark:
             scores.setdefault(source.modality, {}).update(found)
         self.record(PER_DATASET, scores)
 
-    def merged(self, name: str, row: Row) -> Path:
+    def merged(self, row: Row) -> Path:
         """One network for all sources."""
         variables = {}
         if row.pretraining is not None:
             stage = self.train(THREE, f"M4oEPretrainTrainer_{SIZE}{row.pretraining}")
             variables["nnUNet_diffext_pretraining"] = str(stage)
-        start = time.perf_counter()
-        model = self.train(THREE, row.trainer, **variables)
-        minutes = (time.perf_counter() - start) / 60
-        known = row.trainer.startswith("M4oE")
-        for told in (True, False) if known else (False,):
-            scores = {}
-            for modality in MODALITIES:
-                predictions = self.predict(model, modality, *(["--modality", modality] if told else []))
-                scores[modality] = self.score(predictions, model, modality, labels_of(modality))
-            self.record(name + (", modality given" if told else ""), scores, minutes=minutes)
-        return model
+        return self.train(THREE, row.trainer, **variables)
 
-    def growth(self) -> None:
-        """The left atrium as a fourth modality of the trained M4oE."""
-        model = self.merged("M4oE", ROWS["M4oE"])
+    def grown(self, trainer: str | None) -> Path:
+        """The left atrium as a fourth modality of the trained M4oE; or all four modalities from scratch."""
+        if trainer is not None and trainer.endswith("_noMAE"):
+            return self.train(FOUR, trainer)
+        model = self.merged(ROWS["M4oE"])
         larger = self.work / "larger" / model.name
         if not larger.is_dir():
             larger.parent.mkdir(exist_ok=True)
             command = ["nnunet_diffext", "add_modality", "-m", str(model), "-d", FOUR[7:10], "-o", str(larger)]
             run_command(command, self.env, self.work / "logs" / "add_modality.log")
-        trainings = {
-            "before": larger,
-            "all trained on": self.train(FOUR, f"M4oETrainer_{SIZE}", nnUNet_diffext_pretraining=str(larger)),
-            "freezeOld": self.train(FOUR, f"M4oETrainer_{SIZE}_freezeOld", nnUNet_diffext_pretraining=str(larger)),
-            "from scratch, noMAE": self.train(FOUR, f"M4oETrainer_{SIZE}_noMAE"),
-        }
-        for name, folder in trainings.items():
-            scores = {}
-            for modality in (*MODALITIES, ATRIUM_MODALITY):
-                predictions = self.predict(folder, modality, "--modality", modality)
-                scores[modality] = self.score(predictions, folder, modality, labels_of(modality))
-            self.record(f"fourth modality: {name}", scores)
+        return larger if trainer is None else self.train(FOUR, trainer, nnUNet_diffext_pretraining=str(larger))
+
+    def row(self, name: str) -> None:
+        """Train, predict and score one row; M4oE twice, with the modality given and without."""
+        if name == PER_DATASET:
+            self.per_dataset()
+        elif name in GROWTH:
+            new = [] if GROWTH[name] is None else [ATRIUM_MODALITY]  # not to be asked before it is trained
+            self.test(name, self.grown(GROWTH[name]), [*MODALITIES, *new], told=True)
+        else:
+            model = self.merged(ROWS[name])
+            self.test(name, model, MODALITIES, told=False)
+            if name.startswith("M4oE"):
+                self.test(f"{name}, modality given", model, MODALITIES, told=True)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -172,7 +188,10 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="raw dataset folder Dataset910_LeftAtrium")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--iters", type=int, default=50)
-    parser.add_argument("--rows", nargs="+", default=[PER_DATASET, *ROWS], choices=[PER_DATASET, *ROWS], metavar="ROW")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[PER_DATASET, *ROWS, *GROWTH], metavar="ROW",
+        help="default: all; those with a fourth modality need --data",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
     args = parser.parse_args()
@@ -181,14 +200,12 @@ def main() -> int:
         return 0
     if args.work is None:
         parser.error("--work is needed, except with --table")
+    rows = args.rows or [PER_DATASET, *ROWS, *(GROWTH if args.data is not None else ())]
+    if args.data is None and any(row in GROWTH for row in rows):
+        parser.error("rows with a fourth modality need --data")
     benchmark = Benchmark(args.work, args.epochs, args.iters, args.out, args.data and args.data.resolve())
-    for name in args.rows:
-        if name == PER_DATASET:
-            benchmark.per_dataset()
-        else:
-            benchmark.merged(name, ROWS[name])
-    if args.data is not None:
-        benchmark.growth()
+    for row in rows:
+        benchmark.row(row)
     print(table(load_json(args.out)))
     return 0
 

@@ -145,6 +145,7 @@ def prepare(work: Path, env: dict[str, str], atrium: Path | None) -> None:
     done = preprocessed / FOUR / "prepared"
     if not done.is_file():
         run_command(["nnUNetv2_extract_fingerprint", "-d", "971", "-np", "1", "--no_pbar"], env, log)
+        run_command(["nnUNetv2_plan_experiment", "-d", "971"], env, log)  # it copies dataset.json
         move = ["nnUNetv2_move_plans_between_datasets", "-s", "970", "-t", "971", "-sp", PLANS, "-tp", PLANS]
         run_command(move, env, log)
         run_command(["nnUNetv2_preprocess", "-d", "971", "-c", CONFIGURATION, "-np", "1", "--no_pbar"], env, log)

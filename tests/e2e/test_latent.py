@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from workspace import FOLDERS, MAIN, Workspace, command, curves, log_of, make_trainer, predict, train
+from workspace import (
+    FOLDERS,
+    MAIN,
+    Workspace,
+    assert_same_files,
+    check_training,
+    command,
+    log_of,
+    make_trainer,
+    predict,
+    train,
+    weights,
+)
 
 from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.cli.main import main
@@ -25,28 +35,6 @@ LEAF = f"LEAFTrainer_noAlign_{BUDGET}_preflight0"
 TEXT = f"TextDiffSegTrainer_randomText_{BUDGET}_2steps_stride2"
 VARIABLE = "nnUNet_diffext_codec"
 DEVICE = ("-device", "cpu")
-
-
-def segmentations(folder: Path) -> dict[str, np.ndarray]:
-    return {f.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(folder.glob("*.nii.gz"))}
-
-
-def assert_same_files(one: Path, other: Path, count: int = 2) -> None:
-    a, b = segmentations(one), segmentations(other)
-    assert a.keys() == b.keys() and len(a) == count
-    assert all(np.array_equal(a[name], b[name]) for name in a)
-
-
-def weights(model: Path) -> dict[str, torch.Tensor]:
-    return read_safely(model / "fold_0" / FINAL)["network_weights"]
-
-
-def check_training(model: Path, epochs: int = 1) -> dict[str, list[Any]]:
-    """Complete, finite curves."""
-    logged = curves(model / "fold_0" / FINAL)
-    assert {len(v) for v in logged.values()} == {epochs}
-    assert np.isfinite([v for k, v in logged.items() if k.startswith(("train_", "val_"))]).all()
-    return logged
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,18 @@ import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import move_plans_between_datasets
 from workspace import (
     FOLDERS,
     PLANS,
     Workspace,
+    assert_same_files,
+    check_training,
     command,
-    curves,
     log_of,
     make_trainer,
     plan,
@@ -28,13 +27,13 @@ from workspace import (
     shrink,
     threads_instead_of_spawn,
     train,
+    weights,
 )
 
 from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.cli.main import main
 from nnunet_diffext.inference.modality import set_modality
 from nnunet_diffext.inference.predictor import Predictor
-from nnunet_diffext.stages import FINAL
 from synthetic import make_raw_dataset
 
 pytestmark = pytest.mark.slow
@@ -116,25 +115,6 @@ def images(workspace: Workspace, two: str, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def segmentations(folder: Path) -> dict[str, np.ndarray]:
-    return {f.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(folder.glob("*.nii.gz"))}
-
-
-def same_files(one: Path, other: Path) -> bool:
-    a, b = segmentations(one), segmentations(other)
-    assert a.keys() == b.keys() and len(a) == 2
-    return all(np.array_equal(a[name], b[name]) for name in a)
-
-
-def check_training(model: Path, epochs: int = 1) -> dict[str, list[Any]]:
-    """Complete, finite curves."""
-    logged = curves(model / "fold_0" / FINAL)
-    assert {len(v) for v in logged.values()} == {epochs}
-    assert np.isfinite([v for k, v in logged.items() if k.startswith(("train_", "val_"))]).all()
-    assert "non-finite" not in log_of(model / "fold_0")
-    return logged
-
-
 # ------------------------------------------------------------------ two phases
 def test_phase_1(pretrained: Path) -> None:
     assert "train_reconstruction" in check_training(pretrained)
@@ -180,18 +160,18 @@ def test_stopped_training_continues_without_phase_1(
     assert resumed.current_epoch == 1 and equal(resumed.network.state_dict(), saved)
     resumed.run_training()
     check_training(fold.parent, epochs=2)
-    finished = read_safely(fold / FINAL)["network_weights"]
+    finished = weights(fold.parent)
     assert not equal(finished, saved)
     train(TWO, name, continue_training=True)  # nothing is left to do but the validation
     check_training(fold.parent, epochs=2)
-    assert equal(read_safely(fold / FINAL)["network_weights"], finished)
+    assert equal(weights(fold.parent), finished)
 
 
+# ------------------------------------------------------------------ predictions
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(v, other[k]) for k, v in one.items())
 
 
-# ------------------------------------------------------------------ predictions
 def test_copied_folder_predicts_alone(
     trained: Path, images: Path, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +188,7 @@ def test_copied_folder_predicts_alone(
         command("nnUNetv2_predict", *paths, *named, **dict.fromkeys(FOLDERS, str(tmp_path)))
     finally:
         away.rename(workspace.root)
-    assert same_files(before, tmp_path / "after")
+    assert_same_files(before, tmp_path / "after")
 
 
 def predicted(model: Path, images: Path, output: Path, *options: str) -> dict[str, np.ndarray]:
@@ -281,7 +261,7 @@ def test_larger_model_predicts_the_same(trained: Path, larger: Path, images: Pat
         before, after = (predicted(m, images, f, *options) for m, f in zip((trained, larger), folders, strict=True))
         for case, p in before.items():
             np.testing.assert_allclose(after[case][:4], p, atol=1e-6)
-        assert same_files(*folders)
+        assert_same_files(*folders)
 
 
 def test_larger_model_is_not_asked_before_it_is_trained(
@@ -305,8 +285,8 @@ def test_larger_model_is_trained(
     model = workspace.model(THREE, f"{M4OE}_freezeOld")
     check_training(model)
     assert "The whole network starts from it." in log_of(model / "fold_0")
-    weights = read_safely(model / "fold_0" / FINAL)["network_weights"]
-    assert weights["active"].all() and weights["since"].tolist() == [0, 0, 1]
+    saved = weights(model)
+    assert saved["active"].all() and saved["since"].tolist() == [0, 0, 1]
     for modality in ("CT", "MR"):
         check_same(trained, model, modality)
     new = predicted(model, images, tmp_path / "US", "--modality", "US")

@@ -9,22 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from workspace import FOLDERS, MAIN, TRAINER, Workspace, command, curves, log_of, predict, train
+from workspace import FOLDERS, MAIN, TRAINER, Workspace, assert_same_files, command, curves, log_of, predict, train
 
 from nnunet_diffext.trainers.dmed import DMEDSettings
-
-
-def segmentations(folder: Path) -> dict[str, np.ndarray]:
-    return {f.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(folder.glob("*.nii.gz"))}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    a, b = segmentations(one), segmentations(other)
-    assert a.keys() == b.keys() and len(a) == 2
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
 
 
 def test_training_leaves_what_nnunet_leaves(trained: Path) -> None:
@@ -87,7 +75,7 @@ def test_commands_predict_export_install_predict(
     elsewhere["nnUNet_results"] = str(results)
     command("nnUNetv2_install_pretrained_model_from_zip", archive, **elsewhere)
     command("nnUNetv2_predict", "-d", MAIN, "-i", test_images, "-o", there, *common, *predict_options, **elsewhere)
-    assert_same(here, there)
+    assert_same_files(here, there)
 
 
 def test_copied_model_folder_predicts_alone(
@@ -104,7 +92,7 @@ def test_copied_model_folder_predicts_alone(
         after = predict(copy, test_images, tmp_path / "after")
     finally:
         away.rename(workspace.root)
-    assert_same(before, after)
+    assert_same_files(before, after)
 
 
 def test_several_folds_predict_together(trained: Path, test_images: Path, tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
 
+from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.data.unlabeled import preprocess_unlabeled
+from nnunet_diffext.files import FINAL
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 CPU = torch.device("cpu")
@@ -164,6 +166,19 @@ def check_segmentations(model: Path, images: Path, output: Path) -> None:
         assert set(np.unique(sitk.GetArrayFromImage(segmentation)).tolist()) <= known
 
 
+def segmentations(folder: Path) -> dict[str, np.ndarray]:
+    """What a folder of segmentations holds, by file name."""
+    return {f.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(folder.glob("*.nii.gz"))}
+
+
+def assert_same_files(one: Path, other: Path, count: int = 2) -> None:
+    """The same segmentations under the same names."""
+    a, b = segmentations(one), segmentations(other)
+    assert a.keys() == b.keys() and len(a) == count
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
 def command(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run one of the installed commands; a failure shows what it printed."""
     done = subprocess.run(
@@ -190,3 +205,18 @@ def log_of(fold: Path) -> str:
 def curves(checkpoint: Path) -> dict[str, list[Any]]:
     """What was logged per epoch."""
     return torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+
+
+def weights(model: Path, fold: int | str = 0) -> dict[str, torch.Tensor]:
+    """Of the network of a finished training."""
+    return read_safely(model / f"fold_{fold}" / FINAL)["network_weights"]
+
+
+def check_training(model: Path, epochs: int = 1, fold: int | str = 0) -> dict[str, list[Any]]:
+    """The curves of a finished training: complete, finite, of no skipped step."""
+    folder = model / f"fold_{fold}"
+    logged = curves(folder / FINAL)
+    assert {len(v) for v in logged.values()} == {epochs}
+    assert np.isfinite([v for k, v in logged.items() if k.startswith(("train_", "val_"))]).all()
+    assert "non-finite" not in log_of(folder)
+    return logged

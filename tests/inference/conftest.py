@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def sampling(tmp_path: Path) -> Path:
     return make_model(
         tmp_path / "sampling", labels=THREE, trainer="TinySamplingTrainer", folds=(0, 1), mirror=(0, 2), sharpness=2
     )
+
+
+@pytest.fixture
+def two(images: Path, tmp_path: Path) -> Path:
+    """Two cases."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for case in ("case_000", "case_001"):
+        shutil.copy(images / f"{case}_0000.nii.gz", folder)
+    return folder
