@@ -31,11 +31,12 @@ class M4oESettings(SwinSettings):
     """Settings of :class:`M4oETrainer`. "Paper" is Jiang and Shen, MICCAI 2024; Table 4 its ablations."""
 
     presets = {
-        "woMoE": ("plain MLPs everywhere: Swin-UNet (Table 4)", {"where": "none"}),
+        "woMoE": ("plain MLPs everywhere (Table 4)", {"where": "none"}),
         "noGN": ("without gate: a sample goes to the expert of its modality (Table 4)", {"gate": "none"}),
         "paper": (
-            "the paper's optimiser: AdamW, weight decay 1e-4, no other loss than 0.4 CE + 0.6 Dice",
-            {"weight_decay": 1e-4, "lambda_modality": 0.0},
+            "the paper's network and optimiser: no convolutions, AdamW, weight decay 1e-4, no other loss than 0.4 CE + "
+            "0.6 Dice",
+            {"stem": False, "weight_decay": 1e-4, "lambda_modality": 0.0},
         ),
         "swinUNet": (
             "the optimiser of Swin-UNet and of the authors' code: SGD 0.05, momentum 0.9, weight decay 1e-4",

@@ -15,7 +15,7 @@ from nnunet_diffext.trainers.adam import AdamSettings
 from nnunet_diffext.trainers.base import DiffextTrainer
 from nnunet_diffext.trainers.configured import CUDA
 
-SIZE = ("embed_stride", "embed_dim", "stages", "depth", "window")
+SIZE = ("embed_stride", "embed_dim", "stages", "depth", "window", "stem")
 """Settings that both trainings must agree on."""
 
 
@@ -36,6 +36,12 @@ class SwinSettings(AdamSettings):
     depth: int = setting(2, "Swin blocks per level", number="depth#", minimum=1)
     window: int = setting(7, "tokens of a window per axis, snapped to the grid", number="window#", minimum=2)
 
+    stem: bool = setting(
+        True,
+        "convolutions at the resolution of the image, before the tokens and behind the decoder; without: Swin-UNet",
+        switches={"noStem": False},
+    )  # fmt: skip
+
     def network_arguments(self) -> dict[str, Any]:
         """Of the Swin encoder, by name."""
         return {name: getattr(self, name) for name in (*SIZE, "drop_path")}
@@ -43,7 +49,8 @@ class SwinSettings(AdamSettings):
     def size_tokens(self) -> list[str]:
         """What a trainer's name needs for a network of the same size."""
         sizes = [f for f in fields(self) if f.name in SIZE and getattr(self, f.name) != default_of(f)]
-        return [f.metadata["number"].replace("#", str(getattr(self, f.name))) for f in sizes]
+        numbers = [f.metadata["number"].replace("#", str(getattr(self, f.name))) for f in sizes if f.metadata["number"]]
+        return [*numbers, *(token for f in sizes for token in f.metadata["switches"])]
 
 
 class MultimodalTrainer(DiffextTrainer):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pydoc import locate
 from typing import Any
 
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import nn
 
 _PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
@@ -65,6 +66,12 @@ class Architecture:
         """A layer of the planned normalisation, none if none is planned."""
         norm_op, kwargs = self.kwargs.get("norm_op"), self.kwargs.get("norm_op_kwargs") or {}
         return nn.Identity() if norm_op is None else norm_op(channels, **kwargs)
+
+    def convolutions(self, count: int, channels: int, features: int, level: int) -> nn.Module:
+        """``count`` convolutions with norm and nonlinearity, as the plans have them at stage ``level``."""
+        names = ("conv_bias", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
+        planned = {name: self.kwargs[name] for name in names if name in self.kwargs}
+        return StackedConvBlocks(count, self.conv_op, channels, features, self.kernels[level], 1, **planned)
 
     @property
     def features(self) -> list[int]:

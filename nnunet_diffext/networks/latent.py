@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
-from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from torch import Tensor, nn
 
 from nnunet_diffext.networks.architecture import Architecture
@@ -65,28 +64,13 @@ class LatentDecoder(nn.Module):
         super().__init__()
         a, conv = architecture, architecture.conv_op
         transposed = get_matching_convtransp(conv)
-        self.from_latent = self._block(a, channels, a.features[level], level)
+        self.from_latent = a.convolutions(1, channels, a.features[level], level)
         self.upsampling, self.stages = nn.ModuleList(), nn.ModuleList()
         for finer in range(level - 1, -1, -1):
             stride = a.strides[finer + 1]
             self.upsampling.append(transposed(a.features[finer + 1], a.features[finer], stride, stride))
-            self.stages.append(self._block(a, a.features[finer], a.features[finer], finer))
+            self.stages.append(a.convolutions(1, a.features[finer], a.features[finer], finer))
         self.seg_layers = nn.ModuleList([conv(a.features[0], num_classes, 1)])
-
-    @staticmethod
-    def _block(architecture: Architecture, channels: int, features: int, level: int) -> nn.Module:
-        kwargs = architecture.kwargs
-        kernels = kwargs["kernel_sizes"]
-        names = ("conv_bias", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
-        return StackedConvBlocks(
-            1,
-            architecture.conv_op,
-            channels,
-            features,
-            kernels if isinstance(kernels, int) else kernels[level],
-            1,
-            **{name: kwargs[name] for name in names if name in kwargs},
-        )
 
     def forward(self, latents: Tensor) -> Tensor:
         """See the class."""

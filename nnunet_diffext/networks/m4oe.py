@@ -53,7 +53,7 @@ class M4oENet(nn.Module):
         where: experts in the ``"encoder"``, the ``"decoder"``, ``"both"`` or ``"none"``, where they are plain MLPs
             (Table 4).
         gate, top1: see :class:`ModalityExperts`. Without a gate, a known modality has its own expert in any case.
-        embed_stride, stages, embed_dim, depth, window, drop_path: see :meth:`SwinPlan.of`.
+        embed_stride, stages, embed_dim, depth, window, drop_path, stem: see :meth:`SwinPlan.of`.
     Raises:
         ValueError: arguments that contradict each other.
     """
@@ -79,6 +79,7 @@ class M4oENet(nn.Module):
         depth: int = 2,
         window: int = 7,
         drop_path: float = 0.2,
+        stem: bool = True,
     ) -> None:
         super().__init__()
         self.label_space, self.modalities = label_space, tuple(modalities)
@@ -94,7 +95,7 @@ class M4oENet(nn.Module):
 
         plan = SwinPlan.of(
             architecture, patch_size, embed_stride=embed_stride, stages=stages, embed_dim=embed_dim, depth=depth,
-            window=window, drop_path=drop_path,
+            window=window, drop_path=drop_path, stem=stem,
         )  # fmt: skip
         self.encoder = SwinEncoder(plan, image_channels, ffn("encoder"))
         self.decoder = SwinDecoder(plan, ffn("decoder"))
@@ -129,7 +130,7 @@ class M4oENet(nn.Module):
     def modality_probabilities(self, image: Tensor) -> Tensor:
         """``P(m | x)`` ``(B, modalities)`` of images ``(B, C, *patch)``, as the encoder's gates see it."""
         routing = self._routing(len(image), None)
-        self.encoder(self.encoder.embedding(image), routing)
+        self.encoder(self.encoder.embed(image)[0], routing)
         return self._told(routing.gates, len(image))
 
     def activate(self, modality: str) -> None:
@@ -139,9 +140,10 @@ class M4oENet(nn.Module):
     def _run(self, image: Tensor, modality: Tensor | None) -> tuple[Tensor, list[Gate], list[Gate]]:
         """Last tokens ``(B, *patch, width)`` and the gates of encoder and decoder."""
         routing = self._routing(len(image), modality)
-        features = self.encoder(self.encoder.embedding(image), routing)
+        tokens, fine = self.encoder.embed(image)
+        features = self.encoder(tokens, routing)
         below = routing._replace(gates=[])
-        return self.decoder(features, below), routing.gates, below.gates
+        return self.decoder(features, fine, below), routing.gates, below.gates
 
     def _routing(self, batch: int, modality: Tensor | None) -> Routing:
         allowed = self.active.expand(batch, -1)

@@ -30,8 +30,9 @@ class M4oEAutoencoder(nn.Module):
     """Reconstructs images from a quarter of their patches (He et al. 2022; with windows: Dai et al. 2023).
 
     The encoder is that of :class:`~nnunet_diffext.networks.m4oe.M4oENet` with hard routing: every sample passes through
-    the expert of its modality only, while attention is shared. Hidden patches are replaced by a learnt token, and there
-    are no skip connections: what is hidden cannot reach the reconstruction.
+    the expert of its modality only, while attention is shared. Hidden voxels are set to 0, the mean of a normalised
+    image, before anything sees them, and their tokens replaced by a learnt one; there are no skip connections: what is
+    hidden cannot reach the reconstruction.
 
     Args:
         architecture: what nnU-Net planned.
@@ -40,8 +41,8 @@ class M4oEAutoencoder(nn.Module):
         experts: one per modality; 0: the encoder has plain MLPs.
         mask_ratio: share of the mask units that is hidden.
         mask_unit: embedded patches that are hidden together, for every axis; less where that is not a part of the grid.
-        embed_stride, stages, embed_dim, depth, window, drop_path: see :meth:`SwinPlan.of`; no stochastic depth by
-            default.
+        embed_stride, stages, embed_dim, depth, window, drop_path, stem: see :meth:`SwinPlan.of`; no stochastic depth
+            by default.
     Raises:
         ValueError: nothing or everything would be hidden.
     """
@@ -61,6 +62,7 @@ class M4oEAutoencoder(nn.Module):
         depth: int = 2,
         window: int = 7,
         drop_path: float = 0.0,
+        stem: bool = True,
     ) -> None:
         super().__init__()
         if not 0 < mask_ratio < 1:
@@ -68,7 +70,7 @@ class M4oEAutoencoder(nn.Module):
         self.experts, self.mask_ratio, self.mask_unit = max(experts, 1), mask_ratio, mask_unit
         plan = SwinPlan.of(
             architecture, patch_size, embed_stride=embed_stride, stages=stages, embed_dim=embed_dim, depth=depth,
-            window=window, drop_path=drop_path,
+            window=window, drop_path=drop_path, stem=stem,
         )  # fmt: skip
         self.stride = plan.embed_stride
 
@@ -100,15 +102,17 @@ class M4oEAutoencoder(nn.Module):
                 "A masked autoencoder reconstructs images and cannot segment them. Train the method that builds on it, "
                 "-tr M4oETrainer, and predict with that."
             )
-        tokens = self.encoder.embedding(image)
-        mask = self.draw_mask(len(image), tokens.shape[1:-1], image.device).unsqueeze(-1)
+        grid = [p // s for p, s in zip(image.shape[2:], self.stride, strict=True)]
+        mask = self.draw_mask(len(image), grid, image.device).unsqueeze(-1)
+        hidden = self._of_voxels(mask)
+        tokens, _ = self.encoder.embed(image.masked_fill(hidden, 0))
         tokens = torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
-        return ReconstructionOutput(self._reconstruct(tokens, modality), image, self._of_voxels(mask))
+        return ReconstructionOutput(self._reconstruct(tokens, modality), image, hidden)
 
     def features(self, image: Tensor, modality: Tensor) -> Tensor:
         """Deepest tokens of whole images, ``(B, C, *patch)`` -> ``(B, D, *grid)``; nothing is hidden."""
         routing = Routing.free(len(image), self.experts, modality)
-        return self.encoder(self.encoder.embedding(image), routing)[-1].movedim(-1, 1)
+        return self.encoder(self.encoder.embed(image)[0], routing)[-1].movedim(-1, 1)
 
     def draw_mask(self, batch: int, grid: Sequence[int], device: torch.device) -> Tensor:
         """Hidden tokens, bool ``(B, *grid)``: for every sample the same share of the mask units.

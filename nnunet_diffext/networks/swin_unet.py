@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class SwinPlan:
         heads: of the attention.
         drop_path: for every level the rates of its blocks.
         final_width: channels at the resolution of the image.
+        convolutions: makes those at the resolution of the image from channels and width; none in a Swin-UNet.
     """
 
     conv_op: type[nn.Module]
@@ -45,6 +47,7 @@ class SwinPlan:
     heads: tuple[int, ...]
     drop_path: tuple[tuple[float, ...], ...]
     final_width: int
+    convolutions: Callable[[int, int], nn.Module] | None = None
 
     @classmethod
     def of(
@@ -58,6 +61,7 @@ class SwinPlan:
         depth: int = 2,
         window: int = 7,
         drop_path: float = 0.2,
+        stem: bool = True,
     ) -> SwinPlan:
         """A Swin U-Net that halves the resolution where nnU-Net's network does.
 
@@ -70,6 +74,7 @@ class SwinPlan:
             depth: blocks per level, every other one shifted.
             window: tokens per axis, about (see :func:`window_for`).
             drop_path: rate of the deepest block; it rises linearly from 0.
+            stem: convolutions at the resolution of the image, with at most the channels that nnU-Net planned there.
         Raises:
             ValueError: the patch is not divisible, or there are fewer than two levels.
         """
@@ -87,6 +92,7 @@ class SwinPlan:
         for stride in strides:
             grids.append([g // s for g, s in zip(grids[-1], stride, strict=True)])
         widths = tuple(dim * 2**level for level in range(len(grids)))
+        final = dim if flat else max(1, dim // 2)
         rates = torch.linspace(0, drop_path, depth * len(grids), device="cpu").tolist()
         return cls(
             conv_op=architecture.conv_op,
@@ -97,7 +103,8 @@ class SwinPlan:
             widths=widths,
             heads=tuple(_heads(width, 32 if flat else 16) for width in widths),
             drop_path=tuple(tuple(rates[level * depth : (level + 1) * depth]) for level in range(len(grids))),
-            final_width=dim if flat else max(1, dim // 2),
+            final_width=min(final, architecture.features[0]) if stem else final,
+            convolutions=partial(architecture.convolutions, 2, level=0) if stem else None,
         )
 
     def blocks(self, level: int, ffn: FFN) -> nn.ModuleList:
@@ -125,6 +132,9 @@ def _heads(channels: int, width: int) -> int:
 class SwinEncoder(nn.Module):
     """Patch embedding, then levels of Swin blocks with patch merging in between.
 
+    Before the embedding stand two convolutions, unless the plan leaves them out. Transformers learn faster behind them
+    (Xiao et al. 2021), and they are the only part that sees what is smaller than a token.
+
     Args:
         plan: sizes.
         image_channels: C.
@@ -133,10 +143,21 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, plan: SwinPlan, image_channels: int, ffn: FFN) -> None:
         super().__init__()
-        self.embedding = PatchEmbedding(plan.conv_op, image_channels, plan.widths[0], plan.embed_stride)
+        make, channels = plan.convolutions, image_channels
+        self.stem: nn.Module | None = None
+        if make is not None:
+            self.stem, channels = make(image_channels, plan.final_width), plan.final_width
+        self.embedding = PatchEmbedding(plan.conv_op, channels, plan.widths[0], plan.embed_stride)
         self.levels = nn.ModuleList(plan.blocks(level, ffn) for level in range(len(plan.grids)))
         self.merging = nn.ModuleList(PatchMerging(w, s) for w, s in zip(plan.widths, plan.strides, strict=False))
         self.norm = nn.LayerNorm(plan.widths[-1])
+
+    def embed(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(B, C, *patch)`` -> tokens of the finest level ``(B, *grid, C)``; what the convolutions found
+        ``(B, final_width, *patch)``.
+        """
+        fine = None if self.stem is None else self.stem(image)
+        return self.embedding(image if fine is None else fine), fine
 
     def forward(self, tokens: Tensor, routing: Routing | None = None) -> list[Tensor]:
         """Embedded patches ``(B, *grid, C)`` -> tokens of every level, finest first; the deepest ones normalised."""
@@ -152,7 +173,8 @@ class SwinEncoder(nn.Module):
 class SwinDecoder(nn.Module):
     """Patch expanding, the encoder's tokens joined by a linear layer, Swin blocks; at last to the image's resolution.
 
-    The joined tokens are those behind a level's blocks (Cao et al., Fig. 1); their code joins those before.
+    The joined tokens are those behind a level's blocks (Cao et al., Fig. 1); their code joins those before. What the
+    encoder's convolutions found is joined at last, by two convolutions (Swin UNETR, Hatamizadeh et al. 2022).
 
     Args:
         plan: sizes.
@@ -168,12 +190,24 @@ class SwinDecoder(nn.Module):
         self.levels = nn.ModuleList(plan.blocks(i, ffn) for i in levels)
         self.norm = nn.LayerNorm(widths[0])
         self.to_voxels = PatchExpanding(widths[0], plan.embed_stride, plan.final_width)
+        self.last: nn.Module | None = None
+        if plan.convolutions is not None:
+            self.last = plan.convolutions(2 * plan.final_width, plan.final_width)
 
-    def forward(self, features: Sequence[Tensor], routing: Routing | None = None) -> Tensor:
-        """Tokens of every level, finest first -> ``(B, *patch, final_width)``."""
+    def forward(self, features: Sequence[Tensor], fine: Tensor | None = None, routing: Routing | None = None) -> Tensor:
+        """Tokens of every level, finest first -> ``(B, *patch, final_width)``.
+
+        Args:
+            features: of the encoder.
+            fine: ``(B, final_width, *patch)``, what its convolutions found.
+            routing: for the blocks.
+        """
         x = features[-1]
         for expand, join, blocks, skip in zip(self.expanding, self.join, self.levels, features[-2::-1], strict=True):
             x = join(torch.cat([expand(x), skip], dim=-1))
             for block in blocks:
                 x = block(x, routing)
-        return self.to_voxels(self.norm(x))
+        x = self.to_voxels(self.norm(x))
+        if self.last is None:
+            return x
+        return self.last(torch.cat([x.movedim(-1, 1), fine], dim=1)).movedim(1, -1)

@@ -45,7 +45,9 @@ def swin_unet(modalities: int = 1, **options: Any) -> float:
     plan = Kind((224, 224), ((1, 1), *((2, 2),) * 5), features=(4,) * 6)
     names = {str(m): (True,) * 9 for m in range(modalities)}
     with torch.device("meta"):
-        net = M4oENet(make_architecture(plan), plan.patch, 3, LabelSpace(9), names, experts=modalities, **options)
+        net = M4oENet(
+            make_architecture(plan), plan.patch, 3, LabelSpace(9), names, experts=modalities, stem=False, **options
+        )
     assert [level[0].attention.window for level in net.encoder.levels] == [(7, 7)] * 4
     assert [level[0].attention.heads for level in net.encoder.levels] == [3, 6, 12, 24]
     return sum(p.numel() for p in net.parameters()) / 1e6
@@ -69,7 +71,9 @@ def test_levels_follow_the_planned_strides() -> None:
     assert plan.embed_stride == (1, 2, 2) and plan.strides == ((1, 2, 2), (2, 2, 2), (2, 2, 2))
     assert plan.grids == ((20, 64, 48), (20, 32, 24), (10, 16, 12), (5, 8, 6))
     assert plan.windows == ((5, 8, 8), (5, 8, 8), (5, 8, 6), (5, 8, 6))
-    assert plan.widths == (48, 96, 192, 384) and plan.heads == (3, 6, 12, 24) and plan.final_width == 24
+    assert plan.widths == (48, 96, 192, 384) and plan.heads == (3, 6, 12, 24)
+    assert plan.final_width == 4, "convolutions have no more channels than planned"
+    assert SwinPlan.of(architecture, (20, 128, 96), stem=False).final_width == 24
     rates = [rate for level in plan.drop_path for rate in level]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.2) and len(rates) == 8 and rates == sorted(rates)
     assert SwinPlan.of(architecture, (20, 128, 96), embed_stride=4).embed_stride == (1, 4, 4)

@@ -48,7 +48,7 @@ def test_share_of_the_mask_units(ratio: float, kind: str, share: float) -> None:
     """The same in every sample, but other ones, drawn anew from torch's generator."""
     net = make_autoencoder(kind, mask_ratio=ratio)
     image = images(kind, batch=8)
-    grid = net.encoder.embedding(image).shape[1:-1]
+    grid = net.encoder.embed(image)[0].shape[1:-1]
     torch.manual_seed(3)
     mask = net.draw_mask(8, grid, image.device)
     assert mask.shape == (8, *grid)

@@ -9,7 +9,7 @@ from timm.models import swin_transformer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnunet_diffext.networks.blocks.experts import MLP
+from nnunet_diffext.networks.blocks.experts import MLP, ModalityExperts, Routing
 from nnunet_diffext.networks.blocks.patches import PatchEmbedding, PatchExpanding, PatchMerging, to_channels, to_grid
 from nnunet_diffext.networks.blocks.window import (
     SwinBlock,
@@ -195,6 +195,18 @@ def test_shifted_windows_see_across_the_borders_of_the_others() -> None:
         seen = x.grad[0].abs().sum(-1) > 0
         rows = slice(2, 6) if shifted else slice(0, 4)
         assert seen[rows, rows].all() and seen.sum() == 16
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_no_block_begins_as_the_identity(experts: int) -> None:
+    """With few channels as with many: a branch adds a tenth of what comes in, and attention tells tokens apart."""
+    for dim in (24, 384):
+        ffn = ModalityExperts(dim, 4 * dim, experts) if experts else MLP(dim, 4 * dim)
+        block = SwinBlock(dim, 2, ffn, grid=(6, 6), window=(3, 3))
+        x = torch.randn(4, 6, 6, dim)
+        assert ffn(x, Routing.free(4, max(experts, 1))).std() > 0.1
+        q, k, _ = block.attention.qkv(x).unflatten(-1, (3, 2, -1)).unbind(-3)
+        assert (q.flatten(1, 2)[0, :, 0] @ k.flatten(1, 2)[0, :, 0].T).std() > 0.5
 
 
 def test_stochastic_depth() -> None:

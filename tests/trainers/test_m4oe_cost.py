@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.networks.m4oe import M4oENet
 
-FLAT = Kind((224, 224), ((1, 1), *((2, 2),) * 5), features=(4,) * 6)
-VOLUME = Kind((128, 128, 128), ((1, 1, 1), *((2, 2, 2),) * 5), features=(4,) * 6)
+FLAT = Kind((224, 224), ((1, 1), *((2, 2),) * 5), features=(32,) * 6)
+VOLUME = Kind((128, 128, 128), ((1, 1, 1), *((2, 2, 2),) * 5), features=(32,) * 6)
 
 
 def cost(kind: Kind, channels: int, modalities: int, known: bool = False, **options: Any) -> tuple[float, float]:
@@ -36,12 +36,15 @@ def cost(kind: Kind, channels: int, modalities: int, known: bool = False, **opti
         (3, {"gate": "channel"}, 60.43, 13.08),
         (3, {"gate": "none", "known": True}, 58.47, 6.20),
         (4, {}, 58.49 + 15.66, 12.67 + 3.28),
+        (3, {"stem": True}, 58.47, 14.31),
     ],
 )
 def test_at_the_papers_size(modalities: int, options: dict[str, Any], parameters: float, operations: float) -> None:
-    assert cost(FLAT, 3, modalities, **options) == pytest.approx((parameters, operations), abs=0.01)
+    assert cost(FLAT, 3, modalities, **{"stem": False, **options}) == pytest.approx((parameters, operations), abs=0.01)
 
 
 def test_in_3d() -> None:
-    assert cost(VOLUME, 1, 1, where="none") == pytest.approx((8.00, 129.9), abs=0.05)
-    assert cost(VOLUME, 1, 3) == pytest.approx((15.84, 200.9), abs=0.05)
+    for stem, parameters, operations in ((False, (8.00, 15.84), (129.9, 200.9)), (True, (8.07, 15.91), (264.0, 335.0))):
+        for experts, size, count in zip(({"where": "none"}, {}), parameters, operations, strict=True):
+            modalities = 3 if not experts else 1
+            assert cost(VOLUME, 1, modalities, stem=stem, **experts) == pytest.approx((size, count), abs=0.05)

@@ -103,6 +103,19 @@ def test_encoder_without_experts(tokens: str, monkeypatch: pytest.MonkeyPatch) -
     refused("a network without experts in its encoder needs M4oEPretrainTrainer_plain", tokens)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [
+        ("", "dim8_window3"),
+        ("noStem", "dim8_window3_noStem"),
+        ("paper", "dim8_window3_noStem"),
+        ("woMoE_stages3", "plain_dim8_stages3_window3"),
+    ],
+)
+def test_phase_1_of_another_network_is_looked_for(tokens: str, name: str) -> None:
+    assert f" {PRETRAIN}_{name} " in refused(PRETRAIN, tokens)
+
+
 @pytest.mark.parametrize("diffext", [None, TWO])
 def test_experts_that_phase_1_does_not_have(diffext: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are noisy copies, the same in every process of a distributed training, whatever its random numbers are."""

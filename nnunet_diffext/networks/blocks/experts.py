@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from nnunet_diffext.diffusion.schedules import autocast_off
-from nnunet_diffext.networks.blocks.linear import STD, linear
+from nnunet_diffext.networks.blocks.linear import linear
 
 GATES = ("token", "sample", "channel", "none")
 
@@ -108,8 +108,10 @@ class ModalityExperts(nn.Module):
         if top1 and gate not in ("token", "sample"):
             raise ValueError(f"top1 needs probabilities of the experts, which the gate '{gate}' does not have.")
         self.experts, self.kind, self.top1 = experts, gate, top1
-        self.weight_in = nn.Parameter(nn.init.trunc_normal_(torch.empty(experts, dim, hidden), std=STD))
-        self.weight_out = nn.Parameter(nn.init.trunc_normal_(torch.empty(experts, hidden, dim), std=STD))
+        self.weight_in = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.weight_out = nn.Parameter(torch.empty(experts, hidden, dim))
+        for weight in (*self.weight_in, *self.weight_out):
+            nn.init.xavier_uniform_(weight)
         self.bias_in = nn.Parameter(torch.zeros(experts, hidden))
         self.bias_out = nn.Parameter(torch.zeros(experts, dim))
         self.gate: nn.Linear | None = None
