@@ -20,17 +20,18 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from common import load_json, predict, save_json, seconds_per_epoch, train_fold
 from modality_data import ATRIUM_MODALITY, FOUR, SOURCES, THREE, labels_of, prepare
 
+from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.demo.commands import nnunet_environment, run_command
 from nnunet_diffext.demo.synthetic import FILE_ENDING, LABELS
 from nnunet_diffext.evaluation.provenance import provenance
 from nnunet_diffext.files import FINAL
+from nnunet_diffext.settings import PLANS_KEY
 
 MODALITIES = tuple(dict.fromkeys(s.modality for s in SOURCES))
-SIZE = "dim24_window4"
+SIZE = "dim48_patch4"
 SHORT = f"{SIZE}_lr1e-3"
 """A training of so few iterations needs a higher learning rate than the default."""
 
@@ -59,7 +60,7 @@ ROWS = {
     "M4oE, officialGate": Row(f"M4oETrainer_{SHORT}_officialGate", ""),
     "M4oE, top1": Row(f"M4oETrainer_{SHORT}_top1_balance0p01", ""),
 }
-PER_DATASET = "one nnU-Net per dataset"
+M4OE, PER_DATASET = "M4oETrainer", "one nnU-Net per dataset"
 GROWTH = {
     "fourth modality: before it is trained": None,
     "fourth modality: all trained on": f"M4oETrainer_{SHORT}",
@@ -72,6 +73,12 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     """1 if both are empty."""
     total = int(prediction.sum() + reference.sum())
     return 2 * float((prediction & reference).sum()) / total if total else 1.0
+
+
+def parameters(checkpoint: Path) -> int:
+    """Of a network. What it knows by two names (a decoder holds its encoder) counts once."""
+    weights = read_safely(checkpoint)["network_weights"].values()
+    return sum({w.data_ptr(): w.numel() for w in weights if w.is_floating_point()}.values())
 
 
 class Benchmark:
@@ -118,6 +125,9 @@ class Benchmark:
     def record(self, name: str, scores: dict[str, dict[str, float]], **more: Any) -> None:
         """Add one row to the result file."""
         content = load_json(self.out)
+        others = {row["budget"] for row in content.get("rows", {}).values()} - {self.budget}
+        if others:
+            raise ValueError(f"{self.out} has rows of {', '.join(others)}; name another file with --out.")
         row = {"dice": scores, "budget": self.budget, "provenance": provenance(), **more}
         content.setdefault("rows", {})[name] = row
         save_json(content, self.out)
@@ -129,10 +139,10 @@ class Benchmark:
         for modality in modalities:
             predictions = self.predict(model, modality, *(["--modality", modality] if told else []))
             scores[modality] = self.score(predictions, model, modality, labels_of(modality))
-        weights = torch.load(model / "fold_0" / FINAL, map_location="cpu", weights_only=False)["network_weights"]
         self.record(
             name, scores,
-            parameters=sum(w.numel() for w in weights.values() if w.is_floating_point()),
+            parameters=parameters(model / "fold_0" / FINAL),
+            pretraining=load_json(model / "plans.json").get(PLANS_KEY, {}).get(M4OE, {}).get("pretraining_trainer"),
             seconds_per_epoch=seconds_per_epoch(*(model / "fold_0").glob("training_log_*.txt")),
         )  # fmt: skip
 
@@ -194,7 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for data, results and logs")
     parser.add_argument("--data", type=Path, help="raw dataset folder Dataset910_LeftAtrium")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--pretraining_epochs", type=int, default=20, help="of phase 1")
     parser.add_argument("--iters", type=int, default=50)
     parser.add_argument(

@@ -34,12 +34,11 @@ class M4oESettings(SwinSettings):
         "woMoE": ("plain MLPs everywhere (Table 4)", {"where": "none"}),
         "noGN": ("without gate: a sample goes to the expert of its modality (Table 4)", {"gate": "none"}),
         "paper": (
-            "the paper's network and optimiser: no convolutions, AdamW, weight decay 1e-4, no other loss than 0.4 CE + "
-            "0.6 Dice",
+            "the paper's network (noStem) and optimiser: AdamW, weight decay 1e-4, only 0.4 CE + 0.6 Dice",
             {"stem": False, "weight_decay": 1e-4, "lambda_modality": 0.0},
         ),
         "swinUNet": (
-            "the optimiser of Swin-UNet and of the authors' code: SGD 0.05, momentum 0.9, weight decay 1e-4",
+            "only the optimiser of Swin-UNet and of the authors' code: SGD 0.05, momentum 0.9, weight decay 1e-4",
             {
                 "optimizer": "sgd", "initial_lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0,
                 "lambda_modality": 0.0,

@@ -38,7 +38,7 @@ class SwinSettings(AdamSettings):
 
     stem: bool = setting(
         True,
-        "convolutions at the resolution of the image, before the tokens and behind the decoder; without: Swin-UNet",
+        "convolutions at the resolution of the image, before the tokens and behind the decoder (none in the paper)",
         switches={"noStem": False},
     )  # fmt: skip
 

@@ -32,7 +32,8 @@ def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
             f"its encoder differs from this network's in {len(wrong)} tensors; the first is {wrong[0]} "
             f"({tuple(given[wrong[0]].shape) if wrong[0] in given else 'missing'} there, "
             f"{tuple(own[wrong[0]]) if wrong[0] in own else 'missing'} here). Give both trainings the same tokens for "
-            "the network's size; a network without experts in its encoder needs M4oEPretrainTrainer_plain."
+            "the network's size, and noStem to both or none; a network without experts in its encoder needs "
+            "M4oEPretrainTrainer_plain."
         )
     net.encoder.load_state_dict(given, strict=False)
     experts = [k for k in given if k.rpartition(".")[2] in ModalityExperts.stacked]
@@ -50,6 +51,9 @@ def freeze_all_but(net: M4oENet, modality: int) -> None:
     """Train nothing but one modality's expert in every block, its row of every gate, and its head."""
     for parameter in net.parameters():
         parameter.requires_grad_(False)
+    for module in net.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.momentum = 0.0  # the statistics, too, are what the old modalities are predicted with
     net.head.seg_layers[modality].requires_grad_(True)
     for module in net.modules():
         if not isinstance(module, ModalityExperts):

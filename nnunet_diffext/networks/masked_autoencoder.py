@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.experts import MLP, ModalityExperts, Routing
 from nnunet_diffext.networks.blocks.linear import STD, linear
-from nnunet_diffext.networks.blocks.patches import PatchExpanding, to_grid
+from nnunet_diffext.networks.blocks.patches import PatchExpanding, grid_of, to_grid
 from nnunet_diffext.networks.swin_unet import MLP_RATIO, SwinEncoder, SwinPlan
 
 
@@ -30,9 +30,9 @@ class M4oEAutoencoder(nn.Module):
     """Reconstructs images from a quarter of their patches (He et al. 2022; with windows: Dai et al. 2023).
 
     The encoder is that of :class:`~nnunet_diffext.networks.m4oe.M4oENet` with hard routing: every sample passes through
-    the expert of its modality only, while attention is shared. Hidden voxels are set to 0, the mean of a normalised
-    image, before anything sees them, and their tokens replaced by a learnt one; there are no skip connections: what is
-    hidden cannot reach the reconstruction.
+    the expert of its modality only, while attention is shared. Hidden voxels are set to 0 (the mean under
+    z-scoring) before anything sees them, and their tokens replaced by a learnt one; there are no skip connections: what
+    is hidden cannot reach the reconstruction.
 
     Args:
         architecture: what nnU-Net planned.
@@ -82,11 +82,13 @@ class M4oEAutoencoder(nn.Module):
 
         widths, levels = plan.widths, range(len(plan.strides))[::-1]
         self.encoder = SwinEncoder(plan, image_channels, routed if experts else plain)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(widths[0]), std=STD))
+        # as large as the tokens that it stands for, behind their layer norm
+        self.mask_token = nn.Parameter(torch.randn(widths[0]))
         self.expanding = nn.ModuleList(PatchExpanding(widths[i + 1], plan.strides[i], widths[i]) for i in levels)
         self.levels = nn.ModuleList(plan.block(i, plain) for i in levels)
         self.norm = nn.LayerNorm(widths[0])
         self.to_voxels = linear(widths[0], math.prod(self.stride) * image_channels)
+        nn.init.trunc_normal_(self.to_voxels.weight, std=STD)  # at first, the mean of the image
 
     def forward(self, image: Tensor, *, modality: Tensor | None = None) -> ReconstructionOutput:
         """Reconstruct images from patches that are drawn anew in every pass.
@@ -96,14 +98,14 @@ class M4oEAutoencoder(nn.Module):
             modality: ``(B,)``, the expert of every sample.
         Raises:
             TypeError: ``modality`` is missing, as when a predictor asks for a segmentation.
+            ValueError: tokens do not divide the image.
         """
         if modality is None:
             raise TypeError(
                 "A masked autoencoder reconstructs images and cannot segment them. Train the method that builds on it, "
                 "-tr M4oETrainer, and predict with that."
             )
-        grid = [p // s for p, s in zip(image.shape[2:], self.stride, strict=True)]
-        mask = self.draw_mask(len(image), grid, image.device).unsqueeze(-1)
+        mask = self.draw_mask(len(image), grid_of(image, self.stride), image.device).unsqueeze(-1)
         hidden = self._of_voxels(mask)
         tokens, _ = self.encoder.embed(image.masked_fill(hidden, 0))
         tokens = torch.where(mask, self.mask_token.to(tokens.dtype), tokens)

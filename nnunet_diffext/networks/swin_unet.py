@@ -1,9 +1,9 @@
-"""Swin-UNet (Cao et al. 2021) in 2D and 3D, at the resolutions that nnU-Net planned."""
+"""Swin U-Nets in 2D and 3D, at the resolutions that nnU-Net planned. Cao et al. 2021 have no convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -47,7 +47,7 @@ class SwinPlan:
     heads: tuple[int, ...]
     drop_path: tuple[tuple[float, ...], ...]
     final_width: int
-    convolutions: Callable[[int, int], nn.Module] | None = None
+    convolutions: Callable[[int, int], nn.Module] | None = field(default=None, compare=False)
 
     @classmethod
     def of(
@@ -74,7 +74,8 @@ class SwinPlan:
             depth: blocks per level, every other one shifted.
             window: tokens per axis, about (see :func:`window_for`).
             drop_path: rate of the deepest block; it rises linearly from 0.
-            stem: convolutions at the resolution of the image, with at most the channels that nnU-Net planned there.
+            stem: convolutions at the resolution of the image, before the tokens and behind the decoder, with a skip
+                connection and at most the channels that nnU-Net planned there.
         Raises:
             ValueError: the patch is not divisible, or there are fewer than two levels.
         """
@@ -132,8 +133,8 @@ def _heads(channels: int, width: int) -> int:
 class SwinEncoder(nn.Module):
     """Patch embedding, then levels of Swin blocks with patch merging in between.
 
-    Before the embedding stand two convolutions, unless the plan leaves them out. Transformers learn faster behind them
-    (Xiao et al. 2021), and they are the only part that sees what is smaller than a token.
+    Before the embedding stand two convolutions, unless the plan leaves them out: transformers learn faster behind them
+    (Xiao et al. 2021), and the decoder has something to join at the resolution of the image.
 
     Args:
         plan: sizes.
@@ -174,7 +175,7 @@ class SwinDecoder(nn.Module):
     """Patch expanding, the encoder's tokens joined by a linear layer, Swin blocks; at last to the image's resolution.
 
     The joined tokens are those behind a level's blocks (Cao et al., Fig. 1); their code joins those before. What the
-    encoder's convolutions found is joined at last, by two convolutions (Swin UNETR, Hatamizadeh et al. 2022).
+    encoder's convolutions found is joined at last, by two more (as in Swin UNETR, Hatamizadeh et al. 2022).
 
     Args:
         plan: sizes.
@@ -199,7 +200,7 @@ class SwinDecoder(nn.Module):
 
         Args:
             features: of the encoder.
-            fine: ``(B, final_width, *patch)``, what its convolutions found.
+            fine: ``(B, final_width, *patch)``, what its convolutions found; needed if there are some.
             routing: for the blocks.
         """
         x = features[-1]

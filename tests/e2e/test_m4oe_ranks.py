@@ -108,7 +108,7 @@ def test_cascade(workspace: Workspace, main_dataset: str, test_images: Path, tmp
     train(main_dataset, name, "3d_lowres", "all")
     train(main_dataset, name, cascade)
     weights = read_safely(workspace.model(MAIN, name, cascade) / "fold_0" / FINAL)["network_weights"]
-    assert weights["encoder.embedding.project.weight"].shape[1] == 2, "image and previous mask"
+    assert weights["encoder.stem.convs.0.conv.weight"].shape[1] == 2, "image and previous mask"
     low = predict(workspace.model(MAIN, name, "3d_lowres"), test_images, tmp_path / "low", ("all",))
     model = workspace.model(MAIN, name, cascade)
     output = predict(model, test_images, tmp_path / "out", folder_with_segs_from_prev_stage=str(low))

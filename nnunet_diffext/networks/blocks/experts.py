@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from nnunet_diffext.diffusion.schedules import autocast_off
-from nnunet_diffext.networks.blocks.linear import linear
+from nnunet_diffext.networks.blocks.linear import STD, linear
 
 GATES = ("token", "sample", "channel", "none")
 
@@ -120,7 +120,9 @@ class ModalityExperts(nn.Module):
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
         elif gate == "channel":
-            self.gate = linear(dim, dim)
+            self.gate = nn.Linear(dim, dim)
+            nn.init.trunc_normal_(self.gate.weight, std=STD)
+            nn.init.zeros_(self.gate.bias)
 
     @property
     def tells(self) -> bool:

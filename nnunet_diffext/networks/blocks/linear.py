@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 STD = 0.02
-"""Standard deviation of new position biases and tokens (Dosovitskiy et al. 2021)."""
+"""Standard deviation of new position biases and of layers that begin with little (Dosovitskiy et al. 2021)."""
 
 
 def linear(channels: int, out: int, *, bias: bool = True) -> nn.Linear:

@@ -34,12 +34,24 @@ def to_grid(x: Tensor, stride: Sequence[int]) -> Tensor:
     return x
 
 
+def grid_of(image: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+    """Tokens per axis of images ``(B, C, *patch)``.
+
+    Raises:
+        ValueError: the stride does not divide the image.
+    """
+    size, stride = tuple(image.shape[2:]), tuple(stride)
+    if any(p % s for p, s in zip(size, stride, strict=True)):
+        raise ValueError(f"An image of {size} voxels cannot be cut into tokens of {stride} voxels.")
+    return tuple(p // s for p, s in zip(size, stride, strict=True))
+
+
 class PatchEmbedding(nn.Module):
     """A strided convolution whose kernels do not overlap, then layer norm.
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        channels: of the image.
+        channels: of what is embedded.
         dim: channels of a token.
         stride: voxels per token, for every axis.
     """
@@ -56,9 +68,7 @@ class PatchEmbedding(nn.Module):
         Raises:
             ValueError: the stride does not divide the image.
         """
-        size = tuple(image.shape[2:])
-        if any(p % s for p, s in zip(size, self.stride, strict=True)):
-            raise ValueError(f"An image of {size} voxels cannot be cut into tokens of {self.stride} voxels.")
+        grid_of(image, self.stride)
         return self.norm(self.project(image).movedim(1, -1))
 
 
