@@ -23,10 +23,10 @@ BRAIN = {"T1": (True, True, False), "T2": (False, True, True)}  # regions
 
 
 # ------------------------------------------------------------------ sizes
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize(("regions", "stem"), [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("kind", PLANS)
-def test_every_plan(kind: str, regions: bool) -> None:
-    net = make_net(kind, BRAIN if regions else CT_AND_MR, regions=regions)
+def test_every_plan(kind: str, regions: bool, stem: bool) -> None:
+    net = make_net(kind, BRAIN if regions else CT_AND_MR, regions=regions, stem=stem)
     x, heads = images(kind), 3 if regions else 4
     out = net(x)
     assert out.shape == (3, heads, *x.shape[2:]) and out.isfinite().all() and out.abs().max() < 17
@@ -62,6 +62,18 @@ def test_it_is_as_large_as_the_authors_code() -> None:
     assert plain == pytest.approx(27.17, abs=0.005)
     assert encoder / 2 == pytest.approx(12.55, abs=0.01) and decoder / 2 == pytest.approx(3.10, abs=0.01)
     assert swin_unet(3) - swin_unet(3, gate="none") < 0.02, "a gate over experts"
+
+
+@torch.no_grad()
+def test_convolutions_bring_single_voxels_to_the_logits() -> None:
+    """Past all tokens: with none of theirs, logits still differ from voxel to voxel, and only around what changed."""
+    net, x = make_net("2d"), images()
+    net.decoder.to_voxels.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+    other = x.clone()
+    other[:, :, 5, 7] += 3
+    changed = (net(x) - net(other)).abs().amax((0, 1))
+    assert changed[5, 7] > 10 * changed.median(), "norms see the whole patch"
+    assert net.decoder.last is not None and make_net("2d", stem=False).decoder.last is None
 
 
 def test_levels_follow_the_planned_strides() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny_swin import images, learnt, make_net
-from torch import Tensor
+from tiny import KINDS, make_architecture
+from tiny_swin import SWIN, images, learnt, make_net
+from torch import Tensor, nn
 
+from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.balance import modality_loss
 from nnunet_diffext.networks.blocks.experts import GATES, ModalityExperts
 from nnunet_diffext.networks.m4oe import M4oENet, extend_weights
+from nnunet_diffext.networks.m4oe_transfer import freeze_all_but
 
 OLD = {"CT": (True, True, False), "MR": (True, False, True)}
 SAME_LABELS = {**OLD, "US": (True, True, True)}
@@ -139,3 +143,16 @@ def test_other_differences_are_refused(modalities: dict[str, Any], options: dict
     old, new = make_net("2d", OLD), make_net("2d", modalities, **options)
     with pytest.raises(ValueError, match=match):
         extend_weights(old.state_dict(), old, new)
+
+
+def test_frozen_batch_norms_keep_their_statistics() -> None:
+    """Plans with batch norm: what the old modalities are predicted with includes running means."""
+    plan = make_architecture("2d")
+    plan = replace(plan, kwargs={**plan.kwargs, "norm_op": nn.BatchNorm2d})
+    net = M4oENet(plan, KINDS["2d"].patch, 1, LabelSpace(4), NEW_LABEL, **SWIN)
+    freeze_all_but(net, 2)
+    net.modality = 0
+    with torch.no_grad():
+        before = net.eval()(images())
+        net.train()(3 * images(seed=2), modality=torch.tensor([0, 1, 2]))
+        assert torch.equal(net.eval()(images()), before)

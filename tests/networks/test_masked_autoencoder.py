@@ -16,12 +16,13 @@ from nnunet_diffext.networks.masked_autoencoder import encoder_weights, spread_e
 MODALITY = torch.tensor([0, 1, 0])
 
 
+@pytest.mark.parametrize("stem", [True, False])
 @pytest.mark.parametrize("kind", PLANS)
-def test_masked_voxels_never_reach_the_reconstruction(kind: str) -> None:
+def test_masked_voxels_never_reach_the_reconstruction(kind: str, stem: bool) -> None:
     """METHODS 4.5-5: their gradient is exactly zero, that of what is visible is not. Patches that are not square, and
     that windows do not divide, too.
     """
-    net, image = make_autoencoder(kind, channels=2), images(kind, channels=2).requires_grad_()
+    net, image = make_autoencoder(kind, channels=2, stem=stem), images(kind, channels=2).requires_grad_()
     out = net(image, modality=MODALITY)
     assert out.reconstruction.shape == image.shape and out.target is image
     assert out.mask.shape == (3, 1, *image.shape[2:]) and out.mask.dtype == torch.bool
@@ -56,6 +57,11 @@ def test_share_of_the_mask_units(ratio: float, kind: str, share: float) -> None:
     assert len(mask.unique(dim=0)) > 1 and not torch.equal(mask, net.draw_mask(8, grid, image.device))
     torch.manual_seed(3)
     assert torch.equal(mask, net.draw_mask(8, grid, image.device))
+
+
+def test_image_that_tokens_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"An image of \(15, 24\) voxels cannot be cut into tokens of \(2, 2\) voxels"):
+        make_autoencoder()(torch.zeros(1, 1, 15, 24), modality=torch.zeros(1, dtype=torch.long))
 
 
 def test_whole_units_are_hidden() -> None:

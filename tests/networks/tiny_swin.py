@@ -15,7 +15,7 @@ from nnunet_diffext.networks.masked_autoencoder import M4oEAutoencoder
 
 ODD = Kind((20, 28), ((1, 1), (2, 2), (2, 2)))
 ODD_3D = Kind((5, 12, 20), ((1, 1, 1), (1, 2, 2), (1, 2, 2)))
-PLANS = {name: KINDS[name] for name in ("2d", "3d", "3d-aniso", "2d-deep", "2d-shallow")}
+PLANS = {name: KINDS[name] for name in ("2d", "3d", "3d-aniso", "3d-aniso-resenc", "2d-deep", "2d-shallow")}
 PLANS |= {"odd": ODD, "odd-3d": ODD_3D}
 
 SWIN: dict[str, Any] = {"embed_dim": 8, "window": 3, "drop_path": 0.0}

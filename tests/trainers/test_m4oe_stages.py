@@ -177,7 +177,7 @@ def test_training_of_another_method(base: str, monkeypatch: pytest.MonkeyPatch) 
     refused(f"was trained by {base}, which is no pre-training of M4oE. Use one of M4oEPretrainTrainer, .* token noMAE")
 
 
-@pytest.mark.parametrize("tokens", ["dim12", "depth1", "patch1", "window4"])
+@pytest.mark.parametrize("tokens", ["dim12", "depth1", "patch1", "window4", "noStem"])
 def test_networks_of_other_sizes(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain(tokens, monkeypatch)
     refused("its encoder differs from this network's in .* tensors; the first is ")
