@@ -32,7 +32,7 @@ from nnunet_diffext.settings import PLANS_KEY
 
 MODALITIES = tuple(dict.fromkeys(s.modality for s in SOURCES))
 SIZE = "dim48_patch4"
-SHORT = f"{SIZE}_lr1e-3"
+SHORT = f"{SIZE}_lr2e-3"
 """A training of so few iterations needs a higher learning rate than the default."""
 
 
@@ -60,7 +60,7 @@ ROWS = {
     "M4oE, officialGate": Row(f"M4oETrainer_{SHORT}_officialGate", ""),
     "M4oE, top1": Row(f"M4oETrainer_{SHORT}_top1_balance0p01", ""),
 }
-M4OE, PER_DATASET = "M4oETrainer", "one nnU-Net per dataset"
+PER_DATASET = "one nnU-Net per dataset"
 GROWTH = {
     "fourth modality: before it is trained": None,
     "fourth modality: all trained on": f"M4oETrainer_{SHORT}",
@@ -139,10 +139,11 @@ class Benchmark:
         for modality in modalities:
             predictions = self.predict(model, modality, *(["--modality", modality] if told else []))
             scores[modality] = self.score(predictions, model, modality, labels_of(modality))
+        settings = load_json(model / "plans.json").get(PLANS_KEY, {}).get("M4oETrainer", {})
         self.record(
             name, scores,
             parameters=parameters(model / "fold_0" / FINAL),
-            pretraining=load_json(model / "plans.json").get(PLANS_KEY, {}).get(M4OE, {}).get("pretraining_trainer"),
+            pretraining=settings["pretraining_trainer"] if settings.get("pretrained") else None,
             seconds_per_epoch=seconds_per_epoch(*(model / "fold_0").glob("training_log_*.txt")),
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -110,28 +111,31 @@ def predictions(built: dict[str, Any], image: Any) -> dict[str, Callable[[], Any
 
     networks = {name: step.network.eval() for name, step in built.items()}
     actions = {name: passes(network) for name, network in networks.items() if name != "mask autoencoder"}
-    dmed, pgrd = networks["DMED-Seg"], networks["PGRD"]
-    noise = dmed.inference_noise(image)
-    actions["DMED-Seg's convolutional expert"] = passes(dmed.ce)
-    actions["DMED-Seg's diffusion expert"] = passes(lambda x: dmed.de_pass(x, noise))
-    actions["PGRD's prior"] = passes(pgrd.prior)
+    if "DMED-Seg" in networks:
+        dmed = networks["DMED-Seg"]
+        noise = dmed.inference_noise(image)
+        actions["DMED-Seg's convolutional expert"] = passes(dmed.ce)
+        actions["DMED-Seg's diffusion expert"] = passes(lambda x: dmed.de_pass(x, noise))
+    if "PGRD" in networks:
+        pgrd = networks["PGRD"]
+        actions["PGRD's prior"] = passes(pgrd.prior)
 
-    def sampled(x: Any) -> None:
-        one_step = pgrd.sampling
-        pgrd.sampling = replace(one_step, steps=10, samples=4)
-        pgrd(x)
-        pgrd.sampling = one_step
+        def sampled(x: Any) -> None:
+            one_step = pgrd.sampling
+            pgrd.sampling = replace(one_step, steps=10, samples=4)
+            pgrd(x)
+            pgrd.sampling = one_step
 
-    actions["PGRD, 10 steps x 4"] = passes(sampled)
+        actions["PGRD, 10 steps x 4"] = passes(sampled)
     return actions
 
 
-def measure(work: Path, dataset: str, plans: str, device: str, steps: int) -> dict[str, Any]:
-    """Times and sizes of all methods, in this process."""
+def measure(methods: list[str], work: Path, dataset: str, plans: str, device: str, steps: int) -> dict[str, Any]:
+    """Times and sizes of some methods and nnU-Net, in this process."""
     import torch
 
     stock = Stock(dataset, plans, device)
-    built = {STOCK: stock} | {name: dry_run(t, work, dataset, plans, device) for name, t in METHODS.items()}
+    built = {STOCK: stock} | {name: dry_run(METHODS[name], work, dataset, plans, device) for name in methods}
     train = interleaved({name: step.train for name, step in built.items()}, steps, 3, device)
     image = torch.randn(1, 1, *stock.patch, device=device)
     predict = interleaved(predictions(built, image), steps, 3, device)
@@ -196,6 +200,14 @@ def main() -> int:
     parser.add_argument("--plans", default="nnUNetPlansQ")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[*METHODS],
+        choices=METHODS,
+        metavar="METHOD",
+        help="next to nnU-Net; default: all",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--table", action="store_true", help="only print the table of --out")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -213,10 +225,12 @@ def main() -> int:
             print(json.dumps(peak_memory(args.peak_of, *where)))
             return 0
         load = os.getloadavg()[0]
-        entry = measure(*where, args.steps)
+        entry = measure(args.methods, *where, args.steps)
     shared = ["--work", str(args.work), "--dataset", args.dataset, "--plans", args.plans, "--device", args.device]
-    entry["memory"] = {name: peak_memory_of_child(name, shared) for name in (STOCK, *METHODS)}
-    command = "python benchmarks/throughput.py --work DIR " + " ".join(shared[2:] + ["--steps", str(args.steps)])
+    entry["memory"] = {name: peak_memory_of_child(name, shared) for name in (STOCK, *args.methods)}
+    chosen = [] if args.methods == [*METHODS] else ["--methods", *args.methods]
+    arguments = [*shared[2:], "--steps", str(args.steps), *chosen]
+    command = "python benchmarks/throughput.py --work DIR " + shlex.join(arguments)
     entry |= {"command": command, "load_average_before": round(load, 2), **provenance()}
     save_json(load_json(args.out) | {args.device: entry}, args.out)
     print(table(entry))
