@@ -211,4 +211,5 @@ class SwinDecoder(nn.Module):
         x = self.to_voxels(self.norm(x))
         if self.last is None:
             return x
-        return self.last(torch.cat([x.movedim(-1, 1), fine], dim=1)).movedim(1, -1)
+        # contiguous: the product of the heads is else rounded by where its operands happen to lie
+        return self.last(torch.cat([x.movedim(-1, 1), fine], dim=1)).movedim(1, -1).contiguous()

@@ -21,13 +21,14 @@ from nnunet_diffext.variants import parse_tokens
 M4OE = (
     "", "woMoE", "noGN", "paper", "swinUNet", "encoderOnly", "decoderOnly", "sampleGate", "officialGate", "top1",
     "sampleGate_top1", "encoderOnly_noGN", "experts4", "balance0p01", "top1_balance0p01", "modality0", "asBackground",
-    "ce1_dice0p5", "droppath0p3", "patch1", "dim12", "stages2", "depth1", "window4", "bf16",
+    "ce1_dice0p5", "droppath0p3", "patch1", "dim12", "stages2", "depth1", "window4", "noStem", "bf16",
 )  # fmt: skip
 PRETRAIN = (
     "",
     "plain",
     "mask0p5",
     "unit1",
+    "noStem",
     "droppath0p3",
     "patch1",
     "dim12",
@@ -168,7 +169,7 @@ def test_two_structures_of_which_every_case_has_one_annotated(tokens: str) -> No
     annotated = {"ct_0": ["a"], "ct_1": ["b"]}
     trainer = learnt(QUICK + tokens, 0, diffext={"modalities": {"ct_0": "CT", "ct_1": "CT"}, "annotated": annotated})
     trainer.network.train()
-    for step in range(60):
+    for step in range(120):
         batch = pairs(step % 20)
         for sample, wrong in zip(batch["target"], (2, 1), strict=True):
             sample[sample == wrong] = 0
