@@ -35,7 +35,6 @@ class SwinSettings(AdamSettings):
     stages: int = setting(4, "levels of the encoder at most; the plans may have fewer", number="stages#", minimum=2)
     depth: int = setting(2, "Swin blocks per level", number="depth#", minimum=1)
     window: int = setting(7, "tokens of a window per axis, snapped to the grid", number="window#", minimum=2)
-
     stem: bool = setting(
         True,
         "convolutions at the resolution of the image, before the tokens and behind the decoder (none in the paper)",

@@ -43,8 +43,14 @@ def test_at_the_papers_size(modalities: int, options: dict[str, Any], parameters
     assert cost(FLAT, 3, modalities, **{"stem": False, **options}) == pytest.approx((parameters, operations), abs=0.01)
 
 
-def test_in_3d() -> None:
-    for stem, parameters, operations in ((False, (8.00, 15.84), (129.9, 200.9)), (True, (8.07, 15.91), (264.0, 335.0))):
-        for experts, size, count in zip(({"where": "none"}, {}), parameters, operations, strict=True):
-            modalities = 3 if not experts else 1
-            assert cost(VOLUME, 1, modalities, stem=stem, **experts) == pytest.approx((size, count), abs=0.05)
+@pytest.mark.parametrize(
+    ("modalities", "options", "parameters", "operations"),
+    [
+        (1, {"where": "none", "stem": False}, 8.00, 129.9),
+        (3, {"stem": False}, 15.84, 200.9),
+        (1, {"where": "none"}, 8.07, 264.0),
+        (3, {}, 15.91, 335.0),
+    ],
+)
+def test_in_3d(modalities: int, options: dict[str, Any], parameters: float, operations: float) -> None:
+    assert cost(VOLUME, 1, modalities, **options) == pytest.approx((parameters, operations), abs=0.05)
