@@ -85,11 +85,18 @@ class Benchmark:
     """Trains, predicts and scores."""
 
     def __init__(
-        self, work: Path, epochs: int, pretraining_epochs: int, iterations: int, out: Path, atrium: Path | None
+        self,
+        work: Path,
+        epochs: int,
+        pretraining_epochs: int,
+        iterations: int,
+        seed: int,
+        out: Path,
+        atrium: Path | None,
     ) -> None:
         self.work, self.out = work, out
         self.budget, self.pretraining = (
-            f"{n}epochs_{iterations}iters_2valiters_seed1" for n in (epochs, pretraining_epochs)
+            f"{n}epochs_{iterations}iters_2valiters_seed{seed}" for n in (epochs, pretraining_epochs)
         )
         self.env = nnunet_environment(work, num_processes=1)
         prepare(work, self.env, atrium)
@@ -208,6 +215,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--pretraining_epochs", type=int, default=20, help="of phase 1")
     parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1, help="of the trainings; another one needs another --out")
     parser.add_argument(
         "--rows", nargs="+", choices=[PER_DATASET, *ROWS, *GROWTH], metavar="ROW",
         help="default: all; those with a fourth modality need --data",
@@ -223,7 +231,7 @@ def main() -> int:
     rows = args.rows or [PER_DATASET, *ROWS, *(GROWTH if args.data is not None else ())]
     if args.data is None and any(row in GROWTH for row in rows):
         parser.error("rows with a fourth modality need --data")
-    budgets = (args.epochs, args.pretraining_epochs, args.iters)
+    budgets = (args.epochs, args.pretraining_epochs, args.iters, args.seed)
     benchmark = Benchmark(args.work, *budgets, args.out, args.data and args.data.resolve())
     for row in rows:
         benchmark.row(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -52,18 +53,8 @@ def make_raw_dataset(
         (folder / sub).mkdir(parents=True)
     labels = dict(labels or {"background": 0, "ball": 1})
     values = sorted({v for entry in labels.values() for v in ([entry] if isinstance(entry, int) else entry)} - {0})
-    dataset_json = {
-        "channel_names": {str(c): modality if channels == 1 else f"{modality}{c}" for c in range(channels)},
-        "labels": {k: v if isinstance(v, int) else list(v) for k, v in labels.items()},
-        "numTraining": cases,
-        "file_ending": FILE_ENDING,
-    }
-    if any(not isinstance(v, int) for v in labels.values()):
-        regions = [v for v in labels.values() if v != 0]
-        dataset_json["regions_class_order"] = [v if isinstance(v, int) else v[-1] for v in regions]
-    ignore_value = max(values) + 1
-    if ignore or ignored_cases:
-        dataset_json["labels"]["ignore"] = ignore_value
+    ignore_value = max(values) + 1 if ignore or ignored_cases else None
+    dataset_json = _dataset_json(labels, ignore_value, channels, modality, cases)
     (folder / "dataset.json").write_text(json.dumps(dataset_json, indent=2))
     rng = np.random.default_rng(seed)
     for index in range(cases + unlabeled):
@@ -80,6 +71,22 @@ def make_raw_dataset(
                 segmentation[:] = ignore_value
             write_image(folder / "labelsTr" / f"{identifier}{FILE_ENDING}", segmentation, spacing)
     return folder
+
+
+def _dataset_json(
+    labels: Mapping[str, int | Sequence[int]], ignore_value: int | None, channels: int, modality: str, cases: int
+) -> dict[str, Any]:
+    entries = {name: value if isinstance(value, int) else list(value) for name, value in labels.items()}
+    content: dict[str, Any] = {
+        "channel_names": {str(c): modality if channels == 1 else f"{modality}{c}" for c in range(channels)},
+        "labels": entries if ignore_value is None else {**entries, "ignore": ignore_value},
+        "numTraining": cases,
+        "file_ending": FILE_ENDING,
+    }
+    if any(isinstance(value, list) for value in entries.values()):
+        regions = [value for value in entries.values() if value != 0]
+        content["regions_class_order"] = [v if isinstance(v, int) else v[-1] for v in regions]
+    return content
 
 
 def write_image(file: Path, array: np.ndarray, spacing: Sequence[float], origin: Sequence[float] | None = None) -> None:
