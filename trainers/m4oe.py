@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,88 +12,22 @@ from torch import Tensor, nn
 from nnunet_diffext.evaluation.expert_usage import ExpertUsage
 from nnunet_diffext.losses.balance import balance_loss, modality_loss
 from nnunet_diffext.losses.segmentation import dice_ce_loss, merge_unannotated, without_unannotated
-from nnunet_diffext.networks.blocks.experts import GATES
-from nnunet_diffext.networks.m4oe import WHERE, M4oENet, M4oEOutput
+from nnunet_diffext.networks.blocks.experts import TELLING
+from nnunet_diffext.networks.m4oe import M4oENet, M4oEOutput
 from nnunet_diffext.networks.m4oe_transfer import freeze_all_but, start_from_pretraining
-from nnunet_diffext.settings import PLANS_KEY, SettingsError, setting
+from nnunet_diffext.settings import PLANS_KEY
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.adam import AdamTrainer
 from nnunet_diffext.trainers.configured import ConfiguredTrainer, instead
-from nnunet_diffext.trainers.multimodal import MultimodalTrainer, SwinSettings
+from nnunet_diffext.trainers.m4oe_settings import M4oESettings
+from nnunet_diffext.trainers.multimodal import MultimodalTrainer
 from nnunet_diffext.trainers.staged import StagedTrainer, load_weights
 
 ONE_MODALITY = "One modality: its experts are shared out by the gate alone, which nothing but the loss tells apart."
-
-
-@dataclass(frozen=True, kw_only=True)
-class M4oESettings(SwinSettings):
-    """Settings of :class:`M4oETrainer`. "Paper" is Jiang and Shen, MICCAI 2024; Table 4 its ablations."""
-
-    presets = {
-        "woMoE": ("plain MLPs everywhere (Table 4)", {"where": "none"}),
-        "noGN": ("without gate: a sample goes to the expert of its modality (Table 4)", {"gate": "none"}),
-        "paper": (
-            "the paper's network (noStem) and optimiser: AdamW, weight decay 1e-4, only 0.4 CE + 0.6 Dice",
-            {"stem": False, "weight_decay": 1e-4, "lambda_modality": 0.0},
-        ),
-        "swinUNet": (
-            "only the optimiser of Swin-UNet and of the authors' code: SGD 0.05, momentum 0.9, weight decay 1e-4",
-            {
-                "optimizer": "sgd", "initial_lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0,
-                "lambda_modality": 0.0,
-            },
-        ),
-    }  # fmt: skip
-
-    initial_lr: float = setting(5e-4, "initial learning rate, decayed with power 0.9", number="lr#", minimum=0)
-    weight_decay: float = setting(1e-2, "weight decay", number="wd#", minimum=0)
-    optimizer: str = setting("adamw", "AdamW (paper) or SGD (the authors' code)", choices=("adamw", "sgd"))
-    pretraining_trainer: str = setting(
-        "M4oEPretrainTrainer", "trainer of phase 1; nnUNet_diffext_pretraining names a model folder instead"
-    )
-    pretrained: bool = setting(True, "start from phase 1, the masked autoencoder", switches={"noMAE": False})
-    experts: int | None = setting(
-        None, "experts per block; none: one per modality, or 3 if there is a single one", number="experts#", minimum=1
-    )
-    where: str = setting(
-        "both", "which half has experts (Table 4)", choices=WHERE,
-        switches={"encoderOnly": "encoder", "decoderOnly": "decoder"},
-    )  # fmt: skip
-    gate: str = setting(
-        "token", "weights of the experts: per token (eq. 2), per sample, per channel as in the authors' code, or none",
-        choices=GATES, switches={"sampleGate": "sample", "officialGate": "channel"},
-    )  # fmt: skip
-    top1: bool = setting(False, "only the most probable expert contributes", switches={"top1": True})
-    drop_path: float = setting(0.2, "stochastic depth of the deepest block", number="droppath#", minimum=0, maximum=0.9)
-    lambda_ce: float = setting(0.4, "weight of the cross-entropy", number="ce#", minimum=0)
-    lambda_dice: float = setting(0.6, "weight of the Dice loss", number="dice#", minimum=0)
-    lambda_balance: float = setting(0.0, "weight of the load balancing loss, per layer", number="balance#", minimum=0)
-    lambda_modality: float = setting(
-        0.1, "weight of the loss that makes the encoder's gate tell the modality, with several of them",
-        number="modality#", minimum=0,
-    )  # fmt: skip
-    mask_unannotated: bool = setting(
-        True, "labels that nobody looked for in a case may be anywhere in its background; or they are background, as "
-        "in stock nnU-Net",
-        switches={"asBackground": False},
-    )  # fmt: skip
-    freeze_old: bool = setting(
-        False, "after add_modality: train nothing but what the new modality brought", switches={"freezeOld": True}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top1 and self.gate not in ("token", "sample"):
-            raise SettingsError("'top1' needs a gate over experts: leave out 'noGN' or 'officialGate'.")
-        if self.where == "none" and (self.experts is not None or self.lambda_balance > 0 or self.gate != "token"):
-            raise SettingsError("'woMoE' has no experts: leave out 'experts#', 'balance#' and tokens for the gate.")
-        if self.freeze_old and not self.pretrained:
-            raise SettingsError("'freezeOld' trains on from a model of nnunet_diffext add_modality: leave out 'noMAE'.")
-
-    @property
-    def tells(self) -> bool:
-        """Whether the encoder has gates over experts."""
-        return self.gate in ("token", "sample") and self.where in ("both", "encoder")
+NOTHING_TELLS = (
+    "Nothing in this network learns to tell the modality. Give it to nnunet_diffext predict (--modality); otherwise, "
+    "as in the final validation, every label is asked of all modalities that have it."
+)
 
 
 class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
@@ -130,6 +63,8 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
             where=s.where,
             gate=s.gate,
             top1=s.top1,
+            tells=s.tells,
+            shared_head=s.shared_head,
             **s.network_arguments(),
         )
 
@@ -140,8 +75,10 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         if fresh:
             modalities = self.settings.modalities
             self.print_to_log_file("Modalities:", ", ".join(modalities), f"({self.module.experts} experts)")
-            if len(modalities) == 1 and self.module.experts > 1:
+            if len(modalities) == 1 and self.settings.where != "none" and self.settings.gate in TELLING:
                 self.print_to_log_file(ONE_MODALITY)
+            if len(modalities) > 1 and not self.settings.tells:
+                self.print_to_log_file(NOTHING_TELLS)
 
     # ------------------------------------------------------------------ phase 1, or a model of add_modality
     @property
@@ -195,6 +132,19 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
             raise StageError(f"{self.stage.folder}: {error}") from error
         self.print_to_log_file(report)
 
+    def on_train_start(self) -> None:
+        """A modality without a training case must not answer: nothing teaches its expert and its head."""
+        super().on_train_start()
+        taught = {self.cases.modality(case) for case in self.do_split()[0]}
+        newest = self.module.since.max()  # older ones were trained before
+        for m, name in enumerate(self.settings.modalities):
+            if name not in taught and self.module.since[m] == newest:
+                self.module.active[m] = False
+                self.print_to_log_file(
+                    f"WARNING: no training case of fold {self.fold} is {name}: the model will not be able to predict "
+                    f"that modality, and never takes an image for it. Another split, or fold all, would teach it."
+                )
+
     # ------------------------------------------------------------------ optimisation
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW, or nnU-Net's SGD."""
@@ -220,10 +170,10 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         gates = [*out.encoder_gates, *out.decoder_gates]
         if s.lambda_balance > 0 and gates:
             losses["balance"] = balance_loss(gates)
-        if s.lambda_modality > 0 and out.encoder_gates and len(self.module.modalities) > 1:
-            losses["modality"] = modality_loss(out.encoder_gates, modality, len(self.module.modalities))
+        if s.lambda_modality > 0 and out.telling_gates and len(self.module.modalities) > 1:
+            losses["modality"] = modality_loss(out.telling_gates, modality, len(self.module.modalities))
         if self.usage is not None and gates:
-            self.usage.add(out.encoder_gates, out.decoder_gates, modality)
+            self.usage.add(out.encoder_gates, out.decoder_gates, modality, out.telling_gates)
         return losses
 
     def annotated_loss(self, logits: Tensor, target: Tensor, possible: Tensor) -> Tensor:

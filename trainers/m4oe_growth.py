@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_diffext.checkpoints import read_safely, write_checkpoint
-from nnunet_diffext.data.dataset import dataset_name, foreground, load_json, preprocessed_folder
+from nnunet_diffext.data.continued_split import continue_splits
+from nnunet_diffext.data.dataset import channel_names, dataset_name, foreground, load_json, preprocessed_folder
 from nnunet_diffext.data.modalities import Modalities, ModalityError, modalities_of
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.files import FINAL, new_folder
@@ -40,6 +42,7 @@ class Growth:
         trainer: name to train on with, everything or, with the token ``freezeOld``, what is new.
         configuration: of the model.
         plans: name of its plans.
+        folds: what became of ``splits_final.json``, for the user; empty if it was as it should be.
     """
 
     folder: Path
@@ -49,10 +52,13 @@ class Growth:
     trainer: str
     configuration: str
     plans: str
+    folds: str
 
 
 def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Sequence[int | str]) -> Growth:
     """Write a model folder that knows one modality more. For the old ones it predicts the same, bit for bit.
+
+    If the dataset has no ``splits_final.json`` yet, it gets one that goes on from that of the model's dataset.
 
     Args:
         model_folder: of a trained M4oE model.
@@ -61,7 +67,8 @@ def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Se
         output: must not exist.
         folds: to extend.
     Raises:
-        ValueError: no M4oE model, a dataset that does not continue it, or an output folder that exists.
+        ValueError: no M4oE model, a dataset that does not continue it, or that validates on what the model was trained
+            on, or an output folder that exists.
         FileNotFoundError: something is missing.
         CheckpointError: a damaged or unsafe checkpoint.
     """
@@ -78,10 +85,12 @@ def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Se
     configuration = model_folder.name.rpartition("__")[2]
     configuration = next(iter(checkpoints.values()))["init_args"]["configuration"] or configuration
     _check_preprocessing(plans, name, configuration)
+    _check_normalization(old_json, new_json)
     old = _network(plans, old_json, configuration)
     new_plans = _larger(plans, name, new_json, old.experts + 1)
     new = _network(new_plans, new_json, configuration)
     sizes = tuple(sum(p.numel() for p in network.parameters()) for network in (old, new))
+    split = continue_splits(plans["dataset_name"], name, folds, plans["plans_name"])
     trainer = ""
     with new_folder(output) as folder:
         for file, content in (("plans.json", new_plans), ("dataset.json", new_json)):
@@ -93,7 +102,7 @@ def add_modality(model_folder: Path, dataset: str | int, output: Path, folds: Se
             kept = {k: checkpoint[k] for k in ("trainer_name", "inference_allowed_mirroring_axes", "current_epoch")}
             (folder / f"fold_{fold}").mkdir()
             write_checkpoint({**kept, "init_args": init, "network_weights": weights}, folder / f"fold_{fold}" / FINAL)
-    return Growth(output, modality, labels, sizes, trainer, configuration, plans["plans_name"])
+    return Growth(output, modality, labels, sizes, trainer, configuration, plans["plans_name"], split)
 
 
 def _continues(
@@ -144,6 +153,18 @@ def _check_preprocessing(plans: Mapping[str, Any], name: str, configuration: str
             f"  nnUNetv2_move_plans_between_datasets -s {source} -t {target} -sp {plans_name}\n"
             f"  nnUNetv2_preprocess -d {target} -plans_name {plans_name} -c {configuration}"
         )
+
+
+def _check_normalization(old_json: Mapping[str, Any], new_json: Mapping[str, Any]) -> None:
+    """Raise ``ModalityError`` if nnU-Net would normalise the new dataset in another way than the model's plans do."""
+    for old, new in zip(channel_names(old_json), channel_names(new_json), strict=False):
+        here, there = (get_normalization_scheme(name).__name__ for name in (old, new))
+        if here != there:
+            raise ModalityError(
+                f"The model's images are normalised for the channel {old!r} ({here}), which does not suit {new!r} "
+                f"({there}) of the dataset: its plans would be applied to the new modality, too. Train a new model on "
+                "the merged dataset instead."
+            )
 
 
 def _larger(plans: Mapping[str, Any], name: str, dataset_json: Mapping[str, Any], experts: int) -> dict[str, Any]:

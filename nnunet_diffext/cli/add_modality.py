@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     before, after = growth.parameters
     labels = f", labels {', '.join(growth.labels)}" if growth.labels else ""
     number = dataset_id(dataset_name(args.d))
+    if growth.folds:
+        print(growth.folds)
     print(
         f"{growth.folder}: modality {growth.modality} added{labels}; {before / 1e6:.2f} M parameters became "
         f"{after / 1e6:.2f} M.\nTrain only what is new, or without the token freezeOld everything:\n"

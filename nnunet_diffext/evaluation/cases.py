@@ -103,10 +103,15 @@ def without_unannotated(probabilities: np.ndarray, task: Task, unannotated: Sequ
     if task.regions:
         known = {key: values for key, values in task.labels.items() if key not in unannotated}
         return np.delete(probabilities, channels, axis=0), replace(task, labels=known)
+    return as_background(probabilities, channels), task
+
+
+def as_background(probabilities: np.ndarray, channels: Sequence[int]) -> np.ndarray:
+    """Softmax probabilities ``(K, *)`` where background, channel 0, means "none of the labels in other channels"."""
     merged = probabilities.copy()
-    merged[0] += merged[channels].sum(0)
-    merged[channels] = 0
-    return merged, task
+    merged[0] += merged[list(channels)].sum(0)
+    merged[list(channels)] = 0
+    return merged
 
 
 def disagreement(probabilities: np.ndarray, prediction: np.ndarray, task: Task, file: Path) -> tuple[str, ...]:

@@ -37,12 +37,15 @@ class ExpertUsage:
         self._told = 0
 
     @torch.no_grad()
-    def add(self, encoder: Sequence[Gate], decoder: Sequence[Gate], modality: Tensor) -> None:
+    def add(
+        self, encoder: Sequence[Gate], decoder: Sequence[Gate], modality: Tensor, telling: Sequence[Gate] | None = None
+    ) -> None:
         """Count a batch.
 
         Args:
             encoder, decoder: gates of their layers.
             modality: ``(B,)``.
+            telling: gates that the modality is told from; default: those of the encoder.
         """
         self.layers = [f"encoder {i}" for i in range(len(encoder))] + [f"decoder {i}" for i in range(len(decoder))]
         load = torch.stack([gate.load for gate in (*encoder, *decoder)], dim=1).float().cpu()  # (B, layers, M)
@@ -50,7 +53,8 @@ class ExpertUsage:
         self._sums = self._sums + torch.einsum("bn,blm->nlm", own, load)
         self._counts += own.sum(0)
         if encoder:
-            self._told += int((pooled_gate(encoder, len(self.modalities)).argmax(1) == modality).sum())
+            telling = encoder if telling is None else telling
+            self._told += int((pooled_gate(telling, len(self.modalities)).argmax(1) == modality).sum())
 
     @property
     def empty(self) -> bool:

@@ -56,6 +56,12 @@ class Evaluation:
         if partly:
             names = sorted({name for case in partly.values() for name in case})
             lines.append(f"{len(partly)} case(s) are without scores of labels not annotated there: {', '.join(names)}")
+        unnamed = self.report["without_modality"]
+        if unnamed:
+            lines.append(
+                f"{len(unnamed)} case(s) are scored on every label, since dataset.json beside the predictions names no "
+                f"modality for them, and so not what was annotated: {', '.join(unnamed[:5])}"
+            )
         if "calibration" not in self.report:
             lines.append("no probabilities, no calibration: predict with --save_probabilities to have it measured")
         without = self.report.get("calibration", {}).get("cases_without_probabilities", [])
@@ -175,6 +181,9 @@ def _report(cases: Sequence[Case], task: Task, options: Options, scored: _Scores
             for case in cases
             if case.unannotated and case.name in scored.scores
         },
+        "without_modality": [
+            case.name for case in cases if any(task.unannotated.values()) and case.name not in task.unannotated
+        ],
         "implementation": implementation(options.nsd_tolerance),
         "options": options.as_dict() | {"ignore_label": task.ignore_label, "regions": task.regions},
     }

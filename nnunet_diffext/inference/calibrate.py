@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.data.dataset import preprocessed_folder
+from nnunet_diffext.data.modalities import modalities_of
 from nnunet_diffext.data.splits import load_split
 from nnunet_diffext.evaluation.calibration import Calibration, calibration
+from nnunet_diffext.evaluation.cases import as_background
 from nnunet_diffext.evaluation.provenance import provenance
 from nnunet_diffext.inference.grid import ModelPlans, inside_crop, probabilities_to_original, with_previous_stage
 from nnunet_diffext.inference.predictor import Predictor
@@ -50,6 +52,11 @@ class CasePrediction:
     before: Calibration
     voxels: VoxelSample
 
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Classes that nobody looked for in the case."""
+        return self.voxels.hidden
+
 
 def calibrate(
     make_predictor: Callable[[int], Predictor], folds: Sequence[int | str], *, seed: int = 0, show_progress: bool = True
@@ -66,7 +73,8 @@ def calibrate(
         show_progress: a progress bar over the cases.
 
     Raises:
-        ValueError: fold ``all``; validation cases that were trained on, or none; the temporary folder is too small.
+        ValueError: fold ``all``; validation cases that were trained on, or none; a case without a modality although
+            others have one; the temporary folder is too small.
         FileNotFoundError: the preprocessed data, a reference or the split is missing.
     """
     if "all" in folds:
@@ -172,22 +180,29 @@ def _predict(predictor: Predictor, case: str, previous: Path | None, scratch: Pa
     ensemble = predictor.predict_preprocessed(data)
     segmentation, probabilities = probabilities_to_original(model, ensemble.probabilities, properties)
     truth = inside_crop(model, _reference(model, case), properties)
+    segmentation = inside_crop(model, segmentation, properties)
     probabilities = np.ascontiguousarray(inside_crop(model, probabilities, properties))
+    annotated = np.array(modalities_of(model.dataset_json).annotated(case))
+    regions, hidden = model.space.regions, ()
+    if not regions:  # where nobody looked for a label, background means "none of the others"
+        hidden = tuple(np.flatnonzero(~annotated).tolist())
+        truth, segmentation = (np.where(np.isin(part, hidden), 0, part) for part in (truth, segmentation))
     ignore = model.labels.ignore_label
     mask = np.ones(truth.shape, bool) if ignore is None else truth != ignore
-    foreground = (inside_crop(model, segmentation, properties) > 0) | ((truth > 0) & mask)
+    foreground = (segmentation > 0) | ((truth > 0) & mask)
     band = maximum_filter(foreground.astype(np.uint8), size=2 * BAND_VOXELS + 1) > 0
     generator = np.random.default_rng([seed, zlib.crc32(case.encode())])
     index, weight = sample_voxels(band, mask, VOXELS_PER_CASE, generator)
-    if model.space.regions:
-        values = [v for v, _ in model.foreground().values()]
+    if regions:
+        probabilities = probabilities[annotated]
+        values = [v for (v, _), known in zip(model.foreground().values(), annotated, strict=True) if known]
         reference = np.stack([np.isin(truth, v) for v in values])
     else:
         reference = truth.astype(np.int64)
     p, y = (array.reshape(-1, mask.size)[:, index] for array in (probabilities, reference))
     stored = StoredCase(scratch, case, probabilities, reference, mask)
-    before = calibration(probabilities, reference, regions=model.space.regions, mask=mask)
-    return CasePrediction(stored, before, VoxelSample(p, y, weight))
+    before = calibration(as_background(probabilities, hidden), reference, regions=regions, mask=mask)
+    return CasePrediction(stored, before, VoxelSample(p, y, weight, hidden))
 
 
 def _load(model: ModelPlans, case: str, previous: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -246,7 +261,7 @@ def _measure(predictions: Sequence[CasePrediction], temperatures: Sequence[float
     def parts() -> Iterator[Calibration]:
         for prediction, temperature in zip(predictions, temperatures, strict=True):
             probabilities, reference, mask = prediction.stored.load()
-            p = apply_temperature(probabilities, temperature, regions)
+            p = as_background(apply_temperature(probabilities, temperature, regions), prediction.hidden)
             yield calibration(p, reference, regions=regions, mask=mask)
 
     return _figures(parts())

@@ -27,7 +27,8 @@ def set_modality(nnunet: Any, name: str) -> None:
     index = known.index(name)
     if not network.active[index]:
         raise ValueError(
-            f"--modality {name}: the model has an expert and a head for {name}, but was never trained on it. Train it "
-            "with the command that nnunet_diffext add_modality printed, and predict with the model that this makes."
+            f"--modality {name}: the model has an expert and a head for {name}, but was never trained on it. If it is "
+            "from nnunet_diffext add_modality, train it with the command that was printed, and predict with the model "
+            "that this makes; otherwise its fold had no training case of that modality."
         )
     network.modality = index

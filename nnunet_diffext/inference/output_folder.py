@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_diffext.files import write_atomically
 from nnunet_diffext.inference.predictor import Predictor
 from nnunet_diffext.inference.quality import QualityTable
+from nnunet_diffext.settings import PLANS_KEY
 
 ARGUMENTS = "predict_from_raw_data_args.json"
+MODALITIES = "modalities"
 TOLD = ("modality", "prompt")
 """Arguments that change what a model answers, beside the settings of every prediction."""
 
 
 def prepare_folder(
-    predictor: Predictor, folder: Path, continue_prediction: bool, arguments: Mapping[str, Any]
+    predictor: Predictor,
+    folder: Path,
+    continue_prediction: bool,
+    arguments: Mapping[str, Any],
+    cases: Sequence[str] = (),
 ) -> QualityTable:
     """Make the output folder, and what nnU-Net puts there beside the predictions.
+
+    If the modality was given, ``dataset.json`` names it for every case, for whoever evaluates the predictions.
 
     Args:
         predictor: the model.
         folder: to make.
         continue_prediction: warn if what is there was made with other settings.
         arguments: of the call, written down.
+        cases: names of those to predict.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -51,7 +60,7 @@ def prepare_folder(
     record = {**arguments, "model_folder": str(predictor.model_folder), "settings": settings}
     contents = {
         ARGUMENTS: record,
-        "dataset.json": predictor.model.dataset_json,
+        "dataset.json": _with_modality(predictor.model.dataset_json, arguments.get("modality"), cases, folder),
         "plans.json": predictor.model.plans.plans,
     }
     for name, content in contents.items():
@@ -59,8 +68,31 @@ def prepare_folder(
     return QualityTable(folder)
 
 
+def _with_modality(
+    dataset_json: Mapping[str, Any], modality: str | None, cases: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """``dataset.json`` with the modality of the cases, and of those of earlier calls into the same folder."""
+    content = dict(dataset_json)
+    if not modality:
+        return content
+    block = content.get(PLANS_KEY, {})
+    known = {**block.get(MODALITIES, {}), **_part(_part(_read(folder / "dataset.json"), PLANS_KEY), MODALITIES)}
+    return {**content, PLANS_KEY: {**block, MODALITIES: {**known, **dict.fromkeys(cases, modality)}}}
+
+
 def _settings_of(file: Path) -> dict[str, Any]:
+    return _part(_read(file), "settings")
+
+
+def _part(content: dict[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")).get("settings", {}))
-    except (ValueError, AttributeError, TypeError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

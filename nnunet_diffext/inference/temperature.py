@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_expit, log_softmax
+from scipy.special import log_expit, log_softmax, logsumexp
 
 LOWEST, HIGHEST = 0.05, 20.0
 #: The smallest step below 1 in float32: a logit of +-16.6.
@@ -54,11 +54,13 @@ def log_odds(probabilities: np.ndarray, regions: bool) -> np.ndarray:
 @dataclass(frozen=True)
 class VoxelSample:
     """Voxels to fit on: probabilities ``(K, n)``, reference ``(1, n)`` classes or ``(K, n)`` 0 and 1 per region, and
-    how many voxels of the image each stands for ``(n,)``."""
+    how many voxels of the image each stands for ``(n,)``. ``hidden``: classes that the reference calls background.
+    """
 
     probabilities: np.ndarray
     reference: np.ndarray
     weight: np.ndarray
+    hidden: tuple[int, ...] = ()
 
 
 def sample_voxels(
@@ -92,7 +94,9 @@ def sample_voxels(
     return np.concatenate(indices), np.concatenate(weights)
 
 
-def weighted_nll(logits: np.ndarray, reference: np.ndarray, weight: np.ndarray, temperature: float) -> float:
+def weighted_nll(
+    logits: np.ndarray, reference: np.ndarray, weight: np.ndarray, temperature: float, hidden: Sequence[int] = ()
+) -> float:
     """Sum of weighted negative log-likelihoods in nats, float64.
 
     Args:
@@ -100,10 +104,14 @@ def weighted_nll(logits: np.ndarray, reference: np.ndarray, weight: np.ndarray, 
         reference: ``(1, n)`` integer classes (softmax), or ``(K, n)`` 0 or 1 (regions; the mean over regions counts).
         weight: ``(n,)``.
         temperature: T.
+        hidden: classes that the reference calls background (softmax).
     """
     scaled = logits / temperature
     if len(reference) == 1 and len(logits) > 1:
-        likelihood = np.take_along_axis(log_softmax(scaled, axis=0), reference, 0)[0]
+        log_p = log_softmax(scaled, axis=0)
+        if hidden:
+            log_p[0] = logsumexp(log_p[[0, *hidden]], axis=0)
+        likelihood = np.take_along_axis(log_p, reference, 0)[0]
     else:
         likelihood = log_expit(np.where(reference > 0, scaled, -scaled)).mean(0)
     return float(-(weight * likelihood).sum())
@@ -116,16 +124,17 @@ def fit_temperature(samples: Sequence[VoxelSample], regions: bool) -> float:
         ValueError: there is nothing to fit on.
     """
     parts = [
-        (log_odds(s.probabilities.astype(np.float64), regions), s.reference.astype(np.intp), s.weight)
+        (log_odds(s.probabilities.astype(np.float64), regions), s.reference.astype(np.intp), s.weight, s.hidden)
         for s in samples
         if s.weight.size
     ]
-    total = sum(weight.sum() for *_, weight in parts)
+    total = sum(weight.sum() for _, _, weight, _ in parts)
     if not total:
         raise ValueError("There is no annotated voxel to fit a temperature on.")
 
     def objective(log_temperature: float) -> float:
-        return sum(weighted_nll(*part, math.exp(log_temperature)) for part in parts) / total
+        temperature = math.exp(log_temperature)
+        return sum(weighted_nll(*part, temperature, hidden) for *part, hidden in parts) / total
 
     found = minimize_scalar(
         objective, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-5}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_diffext.networks.blocks.experts import ModalityExperts
 from nnunet_diffext.networks.m4oe import M4oENet
@@ -48,29 +48,38 @@ def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
 
 
 def freeze_all_but(net: M4oENet, modality: int) -> None:
-    """Train nothing but one modality's expert in every block, its row of every gate, and its head."""
+    """Train nothing but one modality's expert in every block, its row of every gate, and its head (of a shared one, the
+    labels that no other modality has).
+    """
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     for module in net.modules():
         if getattr(module, "running_mean", None) is not None:
-            module.momentum = 0.0  # the statistics, too, are what the old modalities are predicted with
-    net.head.seg_layers[modality].requires_grad_(True)
+            # what the old modalities are predicted with stays, and the new one is trained with what predicts it
+            module.register_forward_pre_hook(_use_running_statistics)
+    head, own = net.head.only_of(modality)
+    for parameter in head.parameters() if own else ():
+        parameter.requires_grad_(True).register_hook(_OnlyRows(own))
     for module in net.modules():
         if not isinstance(module, ModalityExperts):
             continue
-        rows = [getattr(module, name) for name in module.stacked]
-        rows += [module.gate.weight, module.gate.bias] if module.tells else []
-        for parameter in rows:
-            parameter.requires_grad_(True).register_hook(_OnlyRow(modality))
+        stacked = [getattr(module, name) for name in module.stacked]
+        stacked += [module.gate.weight, module.gate.bias] if module.tells else []
+        for parameter in stacked:
+            parameter.requires_grad_(True).register_hook(_OnlyRows([modality]))
 
 
-class _OnlyRow:
-    """A gradient without that of the other experts."""
+def _use_running_statistics(module: nn.Module, _: object) -> None:
+    module.eval()
 
-    def __init__(self, row: int) -> None:
-        self.row = row
+
+class _OnlyRows:
+    """A gradient without that of the other experts, or labels."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
 
     def __call__(self, gradient: Tensor) -> Tensor:
         kept = torch.zeros_like(gradient)
-        kept[self.row] = gradient[self.row]
+        kept[self.rows] = gradient[self.rows]
         return kept

@@ -75,13 +75,19 @@ def test_region_that_nobody_looked_for(tmp_path: Path) -> None:
     assert row["calibration"]["nll"] == pytest.approx(row["metrics"][whole]["nll"])
 
 
-def test_cases_that_the_file_does_not_name_are_scored_on_everything(tmp_path: Path) -> None:
+def test_cases_that_the_file_does_not_name_are_scored_on_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Test images, for example. What was annotated can be written down for them, too."""
     named = {"modalities": {"case_0": "CT", "other": "MR"}, "annotated": {"MR": ["organ"]}}
     pred, gt = folders(tmp_path, LABELS, named)
     report = report_of(pred, gt)
-    assert report["not_annotated"] == {}
+    assert report["not_annotated"] == {} and report["without_modality"] == ["case_1", "case_2"]
     assert report["metric_per_case"][1]["metrics"]["2"]["FP"] > 0
+    assert main(["evaluate", "-pred", str(pred), "-gt", str(gt), "-np", "1"]) == 0
+    assert "2 case(s) are scored on every label, since dataset.json" in capsys.readouterr().err
+    pred, gt = folders(tmp_path / "complete", LABELS, {"modalities": {"case_0": "CT"}})
+    assert report_of(pred, gt)["without_modality"] == [], "nothing to know about them"
 
 
 def test_reference_that_holds_such_a_label_all_the_same(tmp_path: Path) -> None:

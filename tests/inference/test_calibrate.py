@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,17 +101,61 @@ def test_predict_uses_it_and_says_so(model: Path, raw: Path, tmp_path: Path, cap
     assert rows[0]["quality"] < rows[1]["quality"], "a more modest model expects less of itself"
 
 
-def test_regions_and_ignored_voxels(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_model(tmp_path / "results", labels={**REGIONS, "ignore": 3}, patch=(24, 24, 24))
-    own = tmp_path / "raw"
+def relabelled(raw: Path, own: Path, change: Callable[[np.ndarray], None]) -> Path:
+    """A copy of the raw dataset with other labels."""
     shutil.copytree(raw, own)
     for file in (own / "labelsTr").iterdir():
         image = sitk.ReadImage(str(file))
         array = sitk.GetArrayFromImage(image)
-        array[:6] = 3
+        change(array)
         changed = sitk.GetImageFromArray(array)
         changed.CopyInformation(image)
         sitk.WriteImage(changed, str(file))
+    return own
+
+
+@pytest.mark.parametrize("labels", [THREE, REGIONS])
+def test_labels_that_nobody_looked_for(
+    labels: dict[str, Any], raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In MR. A core that is predicted there is neither right nor wrong."""
+    folder = make_model(tmp_path / "results", labels=labels, patch=(24, 24, 24))
+    modalities = {case: "MR" if case == IDS[0] else "CT" for case in IDS}
+    known = {"modalities": modalities, "annotated": {"MR": [next(name for name in labels if name != "background")]}}
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "diffext": known}))
+
+    def hide(array: np.ndarray) -> None:
+        array[array == 2] = 1 if labels is REGIONS else 0
+
+    own = relabelled(raw, tmp_path / "raw", hide)
+    preprocess_like_nnunet(folder, own, tmp_path / "preprocessed", [{"train": IDS[1:], "val": IDS[:1]}])
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+
+    def make_predictor(fold: int) -> Predictor:
+        return Predictor(folder, (fold,), mirroring=False, temperature=1.0)
+
+    found = calibrate(make_predictor, (0,), show_progress=False)
+    p = make_predictor(0).predict_case([own / "imagesTr" / f"{IDS[0]}_0000.nii.gz"])["probabilities"]
+    truth = sitk.GetArrayFromImage(sitk.ReadImage(str(own / "labelsTr" / f"{IDS[0]}.nii.gz"))).astype(int)
+    for key, temperature in (("before", 1.0), ("after", found["temperature"])):
+        q = apply_temperature(p, temperature, labels is REGIONS)
+        if labels is REGIONS:
+            oracle = calibration(q[:1], truth[None] > 0, regions=True)
+        else:
+            oracle = calibration(np.stack([q[0] + q[2], q[1]]), truth)
+        assert found[key]["nll"] == pytest.approx(oracle.nll, rel=1e-3), key
+        assert found[key]["brier"] == pytest.approx(oracle.brier, rel=1e-3), key
+    assert found["after"]["nll"] < found["before"]["nll"]
+
+
+def test_regions_and_ignored_voxels(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "results", labels={**REGIONS, "ignore": 3}, patch=(24, 24, 24))
+
+    def ignore(array: np.ndarray) -> None:
+        array[:6] = 3
+
+    own = relabelled(raw, tmp_path / "raw", ignore)
     preprocess_like_nnunet(folder, own, tmp_path / "preprocessed", [{"train": IDS[2:], "val": IDS[:2]}])
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
 

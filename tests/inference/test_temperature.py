@@ -79,6 +79,16 @@ def test_the_fit_recovers_the_temperature(true: float, regions: bool) -> None:
     assert found == pytest.approx(true, rel=0.03) and not at_the_limit(found)
 
 
+def test_the_fit_knows_what_the_reference_calls_background() -> None:
+    """Two of four classes were not looked for: a sure prediction of one is no error."""
+    z = logits(60_000, heads=4)
+    p, y = softmax(z, 0), drawn_classes(softmax(z / 1.5, 0))
+    y[np.isin(y, (1, 3))] = 0
+    found = (fit_temperature([VoxelSample(p, y, np.ones(60_000), hidden)], False) for hidden in ((1, 3), ()))
+    assert next(found) == pytest.approx(1.5, rel=0.05)
+    assert next(found) > 2, "taken for background, all of them are errors"
+
+
 def test_weights_count_as_repetitions() -> None:
     z = logits(3000, scale=2)
     p, y = softmax(z, 0), drawn_classes(softmax(z / 1.7, 0))

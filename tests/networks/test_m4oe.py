@@ -207,7 +207,12 @@ def test_where_nothing_tells_the_modality() -> None:
         net = make_net(**options)
         assert torch.equal(net.modality_probabilities(x), torch.full((3, 2), 0.5)), options
         assert net.train()(x, modality=MODALITY).encoder_gates == []
+    untaught = make_net(tells=False)
+    assert torch.equal(untaught.modality_probabilities(x), torch.full((3, 2), 0.5))
+    tokens, gates, _ = untaught._run(x, None)
+    assert gates and torch.equal(untaught(x), untaught.head.union(tokens, untaught.active))
     single = make_net(modalities={"MR": (True, True)})
+    assert make_net(modalities={"MR": (True, True)}, where="none").experts == 1
     assert single.experts == 3 and torch.equal(single.modality_probabilities(x), torch.ones(3, 1))
     single.eval().modality = 0
     known = single(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.losses.balance import modality_loss
-from nnunet_diffext.networks.blocks.experts import GATES, ModalityExperts
+from nnunet_diffext.networks.blocks.experts import GATES, TELLING, ModalityExperts, pooled_gate
 from nnunet_diffext.networks.m4oe import M4oENet, extend_weights
 from nnunet_diffext.networks.m4oe_transfer import freeze_all_but
 
@@ -65,7 +65,38 @@ def test_unknown_modality_keeps_every_bit_until_the_new_one_is_active(
     assert torch.equal(new.modality_probabilities(x)[:, :2], old.modality_probabilities(x))
     assert new.modality_probabilities(x)[:, 2].max() == 0
     new.activate("US")
-    assert new.modality_probabilities(x)[:, 2].min() > 0.05 and not same(new(x), old(x))
+    assert new.modality_probabilities(x)[:, 2].min() > 0.05
+    assert new.tells or not same(new(x), old(x))
+
+
+@pytest.mark.parametrize("gate", TELLING)
+@torch.no_grad()
+def test_unknown_modality_is_told_before_newer_experts_are_used(gate: str) -> None:
+    """An image that is taken for an old modality is segmented as if nothing had been added."""
+    old, new = grow(gate=gate)
+    new.activate("US")
+    experts = [module for module in new.modules() if isinstance(module, ModalityExperts)]
+    x, us = images(), torch.full((3,), 2)
+    for module in experts:
+        module.weight_out[2] *= -20
+        module.gate.bias[2] = -4
+    assert new.modality_probabilities(x)[:, 2].min() > 1e-3 and same(new(x), old(x))
+    for module in experts:
+        module.gate.bias[2] = 4
+    assert new.modality_probabilities(x).argmax(1).tolist() == us.tolist()
+    known = new(x, modality=us).softmax(1)
+    torch.testing.assert_close(new(x).softmax(1), known, atol=1e-5, rtol=0)
+
+
+def test_modality_is_learnt_from_what_tells_it() -> None:
+    """A sample of a newer modality, too, is told from what the first experts see."""
+    _, new = grow()
+    new.activate("US")
+    us, x = torch.full((3,), 2), images()
+    out = new.train()(x, modality=us)
+    told = pooled_gate(out.telling_gates, 3)
+    torch.testing.assert_close(told.exp(), new.modality_probabilities(x))
+    assert (told - pooled_gate(out.encoder_gates, 3)).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -146,13 +177,17 @@ def test_other_differences_are_refused(modalities: dict[str, Any], options: dict
 
 
 def test_frozen_batch_norms_keep_their_statistics() -> None:
-    """Plans with batch norm: what the old modalities are predicted with includes running means."""
+    """Plans with batch norm: what the old modalities are predicted with includes running means, and the new one is
+    trained with what will predict it.
+    """
     plan = make_architecture("2d")
     plan = replace(plan, kwargs={**plan.kwargs, "norm_op": nn.BatchNorm2d})
     net = M4oENet(plan, KINDS["2d"].patch, 1, LabelSpace(4), NEW_LABEL, **SWIN)
     freeze_all_but(net, 2)
-    net.modality = 0
+    image, us = 3 * images(seed=2), torch.full((3,), 2)
     with torch.no_grad():
+        net.modality = 0
         before = net.eval()(images())
-        net.train()(3 * images(seed=2), modality=torch.tensor([0, 1, 2]))
+        trained = net.train()(image, modality=us).logits.softmax(1)
         assert torch.equal(net.eval()(images()), before)
+        torch.testing.assert_close(net(image, modality=us).softmax(1), trained, atol=1e-5, rtol=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import make_trainer
 from tiny_m4oe import CASES, LABELS, TWO, batch_of, ready, trainer_of
 from torch import Tensor
@@ -239,3 +240,28 @@ def test_unlabelled_image_without_a_modality_is_refused(nnunet_folders: Any) -> 
 def test_dataset_json_is_checked_when_the_trainer_is_made() -> None:
     with pytest.raises(ModalityError, match="'c' cannot be annotated"):
         trainer_of(diffext={**TWO, "annotated": {"CT": ["c"]}})
+
+
+@pytest.mark.parametrize("gate", ["", "noGN"])
+def test_modality_without_a_training_case_does_not_answer(
+    gate: str, nnunet_folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing teaches its expert and its head, as if add_modality had just made them."""
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer = ready(gate)
+    folder = Path(trainer.preprocessed_dataset_folder_base)
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["ct_0", "ct_1"], "val": ["mr_0"]}]))
+    said: list[str] = []
+    trainer.print_to_log_file = lambda *text, **_: said.append(" ".join(map(str, text)))
+    trainer.on_train_start()
+    assert [line for line in said if "no training case of fold 0 is MR" in line]
+    network = trainer.network.eval()
+    assert network.active.tolist() == [True, False]
+    image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    with torch.no_grad():
+        assert network.modality_probabilities(image)[:, 1].max() == 0
+        assert network(image).softmax(1)[:, 2].max() < 1e-6, "the label that only MR has"
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["ct_0", "mr_1"], "val": ["mr_0"]}]))
+    both = ready(gate)
+    both.on_train_start()
+    assert both.module.active.all()

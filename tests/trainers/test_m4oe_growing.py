@@ -89,7 +89,7 @@ def rows(network: nn.Module) -> set[str]:
 
 
 # ------------------------------------------------------------------ training goes on
-@pytest.mark.parametrize("tokens", ["", "swinUNet", "sampleGate_wd0p1", "noGN", "woMoE"])
+@pytest.mark.parametrize("tokens", ["", "swinUNet", "sampleGate_wd0p1", "noGN", "woMoE", "unionHead"])
 def test_only_what_is_new_is_trained(tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By AdamW and SGD, with weight decay and momentum: whatever the old modalities use keeps every bit."""
     folder, old = trained(tokens)
@@ -97,12 +97,14 @@ def test_only_what_is_new_is_trained(tokens: str, tmp_path: Path, monkeypatch: p
     before, image = snapshot(trainer.network), torch.randn(2, 1, 16, 24)
     for step in range(4):
         trainer.train_step(batch_of(trainer, ("us_0", "us_1") if step % 2 else ("ct_0", "us_0"), seed=step))
-    after, stacked = trainer.network.state_dict(), rows(trainer.network)
+    after, stacked = trainer.network.state_dict(), dict.fromkeys(rows(trainer.network), 2)
+    if trainer.settings.shared_head:
+        stacked |= {f"head.seg_layers.0.{key}": 3 for key in ("weight", "bias")}
     for name, was in before.items():
         if name in stacked:
-            kept = [0, 1]
-            assert torch.equal(after[name][kept], was[kept]), name
-            assert not torch.equal(after[name][2], was[2]), name
+            row = stacked[name]
+            assert torch.equal(after[name][:row], was[:row]), name
+            assert not torch.equal(after[name][row], was[row]), name
         else:
             assert torch.equal(after[name], was) == (not name.startswith("head.seg_layers.2.")), name
     for modality in (0, 1):
@@ -141,13 +143,15 @@ def test_the_name_to_train_on_with(tokens: str, name: str, tmp_path: Path, monke
     assert growth.parameters == tuple(sum(p.numel() for p in t.network.parameters()) for t in (old, trainer))
 
 
-def test_from_a_single_modality(tmp_path: Path) -> None:
-    """Which has three experts: now there are four."""
+@pytest.mark.parametrize(("tokens", "experts"), [("", "_experts4"), ("woMoE", ""), ("noGN", "")])
+def test_from_a_single_modality(tokens: str, experts: str, tmp_path: Path) -> None:
+    """Which has three experts, if there is a gate: now there are four."""
     labels = {"background": 0, "a": 1}
-    folder, _ = trained(labels=labels, diffext=None)
+    folder, _ = trained(tokens, labels=labels, diffext=None)
     write({**labels, "c": 2}, {"modalities": {"ct": "MR0", "us_0": "US"}, "annotated": {"MR0": ["a"], "US": ["c"]}})
     growth = grown(folder, tmp_path)
-    assert growth.trainer.endswith("_experts4") and growth.modality == "US" and growth.labels == ("c",)
+    assert growth.trainer == "_".join(filter(None, ["M4oETrainer_dim8_window3_droppath0", tokens])) + experts
+    assert growth.modality == "US" and growth.labels == ("c",)
 
 
 def test_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +229,36 @@ def test_dataset_with_plans_of_its_own(tmp_path: Path, nnunet_folders: dict[str,
     with pytest.raises(ModalityError, match="there is no .*nnUNetPlans.json"):
         grown(folder, tmp_path)
     assert not (tmp_path / "larger").exists()
+
+
+def test_channel_that_is_normalised_in_another_way(tmp_path: Path, nnunet_folders: dict[str, Path]) -> None:
+    """A model of CT alone, and CT with US: merged, their channel is no longer called CT."""
+    folder, _ = trained()
+    file = folder / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "channel_names": {"0": "CT"}}))
+    with pytest.raises(ModalityError, match=r"for the channel 'CT' \(CTNormalization\), which does not suit"):
+        grown(folder, tmp_path)
+    assert not (tmp_path / "larger").exists()
+
+
+def test_folds_go_on_from_those_of_the_model(
+    tmp_path: Path, nnunet_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the model was trained on must not validate it later."""
+    folder, trainer = trained()
+    splits = Path(trainer.preprocessed_dataset_folder_base) / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["ct_0", "mr_0"], "val": ["ct_1", "mr_1"]}]))
+    more = nnunet_folders["nnUNet_preprocessed"] / MORE
+    for case in NEW_CASES:
+        (more / "nnUNetPlans_tiny" / f"{case}.b2nd").touch()
+    assert main(["add_modality", "-m", str(folder), "-d", "998", "-o", str(tmp_path / "larger")]) == 0
+    assert f"Wrote {more / 'splits_final.json'}: the folds of" in capsys.readouterr().out
+    (fold,) = json.loads((more / "splits_final.json").read_text())
+    assert {"ct_0", "mr_0"} < set(fold["train"]) and {"ct_1", "mr_1"} <= set(fold["val"])
+    (more / "splits_final.json").write_text(json.dumps([{"train": ["ct_1", "us_0"], "val": ["ct_0", "us_1"]}]))
+    assert main(["add_modality", "-m", str(folder), "-d", "998", "-o", str(tmp_path / "another")]) == 1
+    assert "validates on 1 cases that the model was trained on, the first is ct_0" in capsys.readouterr().err
+    assert not (tmp_path / "another").exists()
 
 
 def test_models_of_other_methods(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 from nnunet_diffext.settings import SettingsError
 from nnunet_diffext.trainers import find_trainer
 from nnunet_diffext.trainers.adam import AdamSettings
-from nnunet_diffext.trainers.m4oe import ONE_MODALITY
+from nnunet_diffext.trainers.m4oe import NOTHING_TELLS, ONE_MODALITY
 from nnunet_diffext.variants import parse_tokens
 
 M4OE = (
     "", "woMoE", "noGN", "paper", "swinUNet", "encoderOnly", "decoderOnly", "sampleGate", "officialGate", "top1",
     "sampleGate_top1", "encoderOnly_noGN", "experts4", "balance0p01", "top1_balance0p01", "modality0", "asBackground",
-    "ce1_dice0p5", "droppath0p3", "patch1", "dim12", "stages2", "depth1", "window4", "noStem", "bf16",
+    "ce1_dice0p5", "droppath0p3", "patch1", "dim12", "stages2", "depth1", "window4", "noStem", "bf16", "unionHead",
 )  # fmt: skip
 PRETRAIN = (
     "",
@@ -194,17 +194,42 @@ def pairs(seed: int) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ one modality
-def test_single_modality() -> None:
-    """Three experts, as nothing else is said; their gate has nothing to tell."""
-    trainer = trainer_of(diffext=None)
-    said: list[str] = []
+def initialized(tokens: str = "", **options: Any) -> tuple[Any, list[str]]:
+    """A trainer, and what it printed."""
+    trainer, said = trainer_of(tokens, **options), []
     trainer.print_to_log_file = lambda *text, **_: said.append(" ".join(map(str, text)))
     trainer.initialize()
+    return trainer, said
+
+
+def test_single_modality() -> None:
+    """Three experts, as nothing else is said; their gate has nothing to tell."""
+    trainer, said = initialized(diffext=None)
     assert trainer.module.experts == 3 and trainer.module.modalities == ("MR0",)
     assert ONE_MODALITY in said and "Modalities: MR0 (3 experts)" in said
     trainer.network.train()
     batch = batch_of(trainer, ("any", "case"))
     assert trainer.train_step(batch).keys() == {"loss", "sup"}
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [("woMoE", 1), ("officialGate", 3), ("noGN", 1)])
+def test_single_modality_without_a_gate_over_experts(tokens: str, experts: int) -> None:
+    trainer, said = initialized(tokens, diffext=None)
+    assert trainer.module.experts == experts and ONE_MODALITY not in said
+
+
+# ------------------------------------------------------------------ does anything tell the modality?
+@pytest.mark.parametrize("tokens", ["", "swinUNet", "sampleGate_top1", "encoderOnly"])
+def test_gates_that_are_taught_tell_the_modality(tokens: str) -> None:
+    trainer, said = initialized(tokens)
+    assert trainer.module.tells and NOTHING_TELLS not in said
+
+
+@pytest.mark.parametrize("tokens", ["modality0", "paper", "woMoE", "decoderOnly", "noGN", "officialGate"])
+def test_nothing_else_is_believed(tokens: str) -> None:
+    """Gates that no loss teaches are no guess: every label is asked of all modalities that have it."""
+    trainer, said = initialized(tokens)
+    assert not trainer.module.tells and NOTHING_TELLS in said
 
 
 def test_recorded_in_the_plans() -> None:

@@ -23,17 +23,21 @@ class DynamicHead(nn.Module):
         width: channels of a token.
         label_space: the K heads of all modalities together.
         classes: for every modality, which of the K heads it has.
+        shared: one projection to all K heads, of which a modality uses its own, instead of one per modality.
     Raises:
         ValueError: a modality without two classes (regions: one), or without the background; a wrong number of heads; a
             head that no modality has.
     """
 
-    def __init__(self, width: int, label_space: LabelSpace, classes: Sequence[Sequence[bool]]) -> None:
+    def __init__(
+        self, width: int, label_space: LabelSpace, classes: Sequence[Sequence[bool]], *, shared: bool = False
+    ) -> None:
         super().__init__()
-        self.label_space = label_space
+        self.label_space, self.shared = label_space, shared
         _check(label_space, classes)
         self.classes = [[k for k, has in enumerate(own) if has] for own in classes]
-        self.seg_layers = nn.ModuleList(nn.Linear(width, len(own)) for own in self.classes)
+        sizes = [label_space.num_heads] if shared else [len(own) for own in self.classes]
+        self.seg_layers = nn.ModuleList(nn.Linear(width, size) for size in sizes)
 
     def forward(self, tokens: Tensor, modality: Tensor) -> Tensor:
         """Logits ``(B, K, *patch)`` of every sample's own modality.
@@ -82,9 +86,19 @@ class DynamicHead(nn.Module):
             mean = mean / mean.sum(1, keepdim=True)
         return self.label_space.log_probabilities(mean)
 
+    def only_of(self, m: int) -> tuple[nn.Linear, list[int]]:
+        """The projection of modality m, and its rows that no other modality uses."""
+        if not self.shared:
+            return self.seg_layers[m], list(range(len(self.classes[m])))
+        others = {k for other, own in enumerate(self.classes) for k in own if other != m}
+        return self.seg_layers[0], [k for k in self.classes[m] if k not in others]
+
     def _own(self, tokens: Tensor, m: int) -> Tensor:
         """Logits ``(B, C_m, *patch)`` of modality m's classes."""
-        return self.seg_layers[m](tokens).movedim(-1, 1)
+        if not self.shared:
+            return self.seg_layers[m](tokens).movedim(-1, 1)
+        layer, own = self.seg_layers[0], self.classes[m]  # other modalities' rows do not decide how these are rounded
+        return nn.functional.linear(tokens, layer.weight[own], layer.bias[own]).movedim(-1, 1)
 
     def _spread(self, own: Tensor, m: int, absent: float) -> Tensor:
         """Modality m's classes ``(B, C_m, *)`` among all ``(B, K, *)``."""
@@ -95,7 +109,7 @@ class DynamicHead(nn.Module):
     def _select(self, tokens: Tensor, modality: Tensor, read: Callable[[Tensor], Tensor], absent: float) -> Tensor:
         """All heads on all samples, which is cheap: every head gets a gradient, if only zeros, as DDP demands."""
         chosen: Tensor | None = None
-        for m in range(len(self.seg_layers)):
+        for m in range(len(self.classes)):
             union = self._spread(read(self._own(tokens, m)), m, absent)
             is_own = (modality == m).view(-1, *(1,) * (union.ndim - 1))
             chosen = union if chosen is None else torch.where(is_own, union, chosen)

@@ -15,6 +15,8 @@ from nnunet_diffext.diffusion.schedules import autocast_off
 from nnunet_diffext.networks.blocks.linear import STD, linear
 
 GATES = ("token", "sample", "channel", "none")
+TELLING = ("token", "sample")
+"""Gates with probabilities of the experts."""
 
 _NEVER = -1e9
 """Logit of an expert that must not be used: its probability is exactly 0, and sums of logits stay finite."""
@@ -105,7 +107,7 @@ class ModalityExperts(nn.Module):
         super().__init__()
         if gate not in GATES:
             raise ValueError(f"Unknown gate '{gate}'; choose one of {', '.join(GATES)}.")
-        if top1 and gate not in ("token", "sample"):
+        if top1 and gate not in TELLING:
             raise ValueError(f"top1 needs probabilities of the experts, which the gate '{gate}' does not have.")
         self.experts, self.kind, self.top1 = experts, gate, top1
         self.weight_in = nn.Parameter(torch.empty(experts, dim, hidden))
@@ -127,7 +129,7 @@ class ModalityExperts(nn.Module):
     @property
     def tells(self) -> bool:
         """Whether the gate gives probabilities of the experts."""
-        return self.kind in ("token", "sample")
+        return self.kind in TELLING
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """``(B, *grid, C)`` -> ``(B, *grid, C)``; appends to ``routing.gates``."""
