@@ -60,6 +60,7 @@ ROWS = {
     "M4oE, officialGate": Row(f"M4oETrainer_{SHORT}_officialGate", ""),
     "M4oE, top1": Row(f"M4oETrainer_{SHORT}_top1_balance0p01", ""),
 }
+NOT_GIVEN = ", modality not given"
 PER_DATASET = "one nnU-Net per dataset"
 GROWTH = {
     "fourth modality: before it is trained": None,
@@ -140,19 +141,28 @@ class Benchmark:
         save_json(content, self.out)
         print(f"{name}: " + ", ".join(f"{m} {np.mean(list(s.values())):.4f}" for m, s in scores.items()), flush=True)
 
-    def test(self, name: str, model: Path, modalities: Sequence[str], *, told: bool) -> None:
+    def test(self, name: str, model: Path, modalities: Sequence[str], *, told: bool, **others: Any) -> None:
         """Predict the test images of some modalities, told or guessed, score and record them."""
         scores = {}
         for modality in modalities:
             predictions = self.predict(model, modality, *(["--modality", modality] if told else []))
             scores[modality] = self.score(predictions, model, modality, labels_of(modality))
         settings = load_json(model / "plans.json").get(PLANS_KEY, {}).get("M4oETrainer", {})
+        usage = load_json(model / "fold_0" / "expert_usage.json") if told else {}
+        more = {key: usage[key] for key in ("told", "layers", "usage") if key in usage}
         self.record(
             name, scores,
             parameters=parameters(model / "fold_0" / FINAL),
             pretraining=settings["pretraining_trainer"] if settings.get("pretrained") else None,
-            seconds_per_epoch=seconds_per_epoch(*(model / "fold_0").glob("training_log_*.txt")),
+            seconds_per_epoch=seconds_per_epoch(*(model / "fold_0").glob("training_log_*.txt")), **more, **others,
         )  # fmt: skip
+
+    def changed_voxels(self, model: Path, base: Path, modality: str, *flags: str) -> int:
+        """Of all test images of a modality, against the segmentations of another model."""
+        one, other = (self.predict(m, modality, *flags) for m in (model, base))
+        files = sorted(one.glob(f"*{FILE_ENDING}"))
+        pairs = ([sitk.GetArrayFromImage(sitk.ReadImage(str(f / x.name))) for f in (one, other)] for x in files)
+        return sum(int((a != b).sum()) for a, b in pairs)
 
     def per_dataset(self) -> None:
         """One nnU-Net for every source; each answers for the labels that it has learnt."""
@@ -188,13 +198,24 @@ class Benchmark:
         if name == PER_DATASET:
             self.per_dataset()
         elif name in GROWTH:
-            new = [] if GROWTH[name] is None else [ATRIUM_MODALITY]  # not to be asked before it is trained
-            self.test(name, self.grown(GROWTH[name]), [*MODALITIES, *new], told=True)
+            self.growth_row(name, GROWTH[name])
         else:
             model, is_ours = self.merged(ROWS[name]), name.startswith("M4oE")
             self.test(name, model, MODALITIES, told=is_ours)
             if name == "M4oE":
-                self.test("M4oE, modality not given", model, MODALITIES, told=False)
+                self.test(name + NOT_GIVEN, model, MODALITIES, told=False)
+
+    def growth_row(self, name: str, trainer: str | None) -> None:
+        """The same for a network that was grown: also how many voxels of the old modalities have changed."""
+        model, tested = self.grown(trainer), [*MODALITIES, ATRIUM_MODALITY]
+        if trainer is None:
+            tested = tested[:-1]  # not to be asked before it is trained
+        base = None if trainer is not None and trainer.endswith("_noMAE") else self.merged(ROWS["M4oE"])
+        for told in (True, False):
+            changed = {}
+            for m in MODALITIES if base is not None else ():
+                changed[m] = self.changed_voxels(model, base, m, *(["--modality", m] if told else []))
+            self.test(name + ("" if told else NOT_GIVEN), model, tested, told=told, changed_voxels=changed)
 
 
 def table(content: dict[str, Any]) -> str:
