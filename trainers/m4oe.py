@@ -123,7 +123,7 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
             return
         if self.stage.trainer_name.split("_")[0] == self.base_name:
             load_weights(self.module, self.stage)
-            self.module.active.fill_(True)  # until now, the new expert could not be used
+            self.module.active |= self.module.since == self.module.since.max()  # until now, it could not be used
             self.print_to_log_file("The whole network starts from it.")
             return
         try:
@@ -133,16 +133,20 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         self.print_to_log_file(report)
 
     def on_train_start(self) -> None:
-        """A modality without a training case must not answer: nothing teaches its expert and its head."""
+        """A modality that nothing has taught its expert and its head must not answer."""
         super().on_train_start()
         taught = {self.cases.modality(case) for case in self.do_split()[0]}
-        newest = self.module.since.max()  # older ones were trained before
+        active, since = self.module.active, self.module.since
         for m, name in enumerate(self.settings.modalities):
-            if name not in taught and self.module.since[m] == newest:
-                self.module.active[m] = False
+            is_new = bool(since[m] == since.max())  # what is older was taught before, if it is active
+            if is_new or not (active[m] or self.settings.freeze_old):
+                active[m] = name in taught
+            if not active[m]:
                 self.print_to_log_file(
-                    f"WARNING: no training case of fold {self.fold} is {name}: the model will not be able to predict "
-                    f"that modality, and never takes an image for it. Another split, or fold all, would teach it."
+                    f"WARNING: nothing teaches {name}, of which fold {self.fold} has no training case: the model will "
+                    "not predict that modality, and never takes an image for it. Another split, or fold all, may."
+                    if name not in taught
+                    else f"WARNING: {name} was never taught, and freezeOld does not: leave the token out."
                 )
 
     # ------------------------------------------------------------------ optimisation
@@ -218,7 +222,8 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
     def on_train_epoch_start(self) -> None:
         """Count anew."""
         super().on_train_epoch_start()
-        self.usage = ExpertUsage(self.module.modalities, self.module.experts)
+        inactive = (~self.module.active).nonzero().flatten().tolist()
+        self.usage = ExpertUsage(self.module.modalities, self.module.experts, inactive)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Also which experts were used, per layer and modality."""

@@ -37,7 +37,10 @@ class M4oESettings(SwinSettings):
     )
     pretrained: bool = setting(True, "start from phase 1, the masked autoencoder", switches={"noMAE": False})
     experts: int | None = setting(
-        None, "experts per block; none: one per modality, or 3 if there is a single one", number="experts#", minimum=1
+        None,
+        "experts per block; none: one per modality, or 3 under a gate if there is a single one",
+        number="experts#",
+        minimum=1,
     )
     where: str = setting(
         "both", "which half has experts (Table 4)", choices=WHERE,

@@ -12,6 +12,8 @@ from nnunet_diffext.data.dataset import preprocessed_folder, training_ids
 from nnunet_diffext.data.splits import SPLITS_FILE, STANDARD_SEED, Split, load_split, number_of_folds
 from nnunet_diffext.files import write_atomically
 
+UNKNOWN = "nothing tells whether the model has seen cases that validate it now."
+
 
 def continue_splits(old: str, new: str, folds: Sequence[int | str], plans_name: str) -> str:
     """Let the folds of ``new`` go on from those of ``old``; returns what was done, or could not be.
@@ -27,9 +29,18 @@ def continue_splits(old: str, new: str, folds: Sequence[int | str], plans_name: 
         ValueError: a validation case of ``new`` is a training case of the same fold of ``old``; a damaged file.
         FileNotFoundError: ``new`` is not preprocessed.
     """
-    count, file = number_of_folds(preprocessed_folder(old)), preprocessed_folder(new) / SPLITS_FILE
-    if not count:
-        return f"{old} has no {SPLITS_FILE}: nothing tells whether the model has seen cases that validate it now."
+    file = preprocessed_folder(new) / SPLITS_FILE
+    if set(folds) == {"all"}:
+        return (
+            f"Fold all has seen every case of {old}: go on with fold all, other folds would validate on some of them."
+        )
+    try:
+        count = number_of_folds(preprocessed_folder(old))
+    except FileNotFoundError:
+        count = 0
+    unknown = [fold for fold in folds if fold != "all" and int(fold) >= count]
+    if unknown:
+        return f"{old} has no fold {unknown[0]} in a {SPLITS_FILE} here: {UNKNOWN}"
     before = [load_split(preprocessed_folder(old), fold) for fold in range(count)]
     known = {case for split in before for case in (*split.train, *split.val)}
     listed = known.union(*(split.unlabeled for split in before))
@@ -38,12 +49,12 @@ def continue_splits(old: str, new: str, folds: Sequence[int | str], plans_name: 
     if missing:
         return (
             f"{len(missing)} of {len(known)} cases of {old}, the first is {missing[0]}, have another name in {new}, or "
-            "are not there: nothing tells whether the model has seen cases that validate it now."
+            f"are not there: {UNKNOWN}"
         )
     if not file.is_file():
         _write(before, [case for case in cases if case not in listed], file)
         return f"Wrote {file}: the folds of {old}, and the new cases shared out over them."
-    for fold in (int(f) for f in folds if f != "all" and int(f) < count):
+    for fold in (int(f) for f in folds if f != "all"):
         seen = sorted(set(load_split(file.parent, fold).val) & set(before[fold].train))
         if seen:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from nnunet_diffext.data.dataset import NORMALIZATIONS, channel_names, diffext_block, foreground
 
+MODALITIES = "modalities"
 KEY = 'dataset.json["diffext"]["modalities"]'
 ANNOTATED_KEY = 'dataset.json["diffext"]["annotated"]'
 ALLOWED = "letters, digits, '-', '_' and '+'"
@@ -96,7 +97,7 @@ def modalities_of(dataset_json: Mapping[str, Any]) -> Modalities:
     labels = foreground(dataset_json)
     regions = any(len(values) > 1 for values in labels.values())
     heads = tuple(labels) if regions else ("background", *labels)
-    of_case = diffext_block(dataset_json, "modalities", lambda: {"case_001": "CT", "case_002": "MR"}, ModalityError)
+    of_case = diffext_block(dataset_json, MODALITIES, lambda: {"case_001": "CT", "case_002": "MR"}, ModalityError)
     annotated = diffext_block(dataset_json, "annotated", lambda: {"CT": list(labels)}, ModalityError) or {}
     if of_case is None:
         if annotated:

@@ -108,6 +108,8 @@ def without_unannotated(probabilities: np.ndarray, task: Task, unannotated: Sequ
 
 def as_background(probabilities: np.ndarray, channels: Sequence[int]) -> np.ndarray:
     """Softmax probabilities ``(K, *)`` where background, channel 0, means "none of the labels in other channels"."""
+    if not channels:
+        return probabilities
     merged = probabilities.copy()
     merged[0] += merged[list(channels)].sum(0)
     merged[list(channels)] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,11 @@ class ExpertUsage:
     Args:
         modalities: names, in the order of their experts.
         experts: M.
+        inactive: experts that must not be used, which are not starved.
     """
 
-    def __init__(self, modalities: Sequence[str], experts: int) -> None:
+    def __init__(self, modalities: Sequence[str], experts: int, inactive: Collection[int] = ()) -> None:
+        self.inactive = frozenset(inactive)
         self.modalities, self.experts = tuple(modalities), experts
         self.layers: list[str] = []
         self._sums: Tensor | float = 0.0
@@ -80,7 +82,7 @@ class ExpertUsage:
             return
         highest = self.mean()[self._counts > 0].amax(0)  # (layers, M)
         least = STARVED / self.experts
-        for m in range(self.experts):
+        for m in sorted(set(range(self.experts)) - self.inactive):
             layers = int((highest[:, m] < least).sum())
             if 2 * layers > len(self.layers):
                 of = f" (of {self.modalities[m]})" if m < len(self.modalities) else ""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_diffext.data.dataset import load_json
-from nnunet_diffext.data.modalities import modalities_of
+from nnunet_diffext.data.modalities import MODALITIES, modalities_of
 from nnunet_diffext.evaluation.calibration import BINS
 from nnunet_diffext.evaluation.surface import NSD_TOLERANCE_MM
+from nnunet_diffext.settings import PLANS_KEY
 
 BAND_MM = 10.0
 OUTPUTS = ("summary_diffext.json", "metrics_diffext.csv", "reliability.png", "risk_coverage.png")
@@ -138,6 +139,8 @@ def load_task(dataset_json: Path, plans: Path | None = None) -> Task:
 
 def _unannotated(content: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Case -> keys that nobody looked for in it."""
+    if MODALITIES not in content.get(PLANS_KEY, {}):
+        return {}
     cases = modalities_of(content)
     result = {}
     for case in cases.of_case:

@@ -111,7 +111,8 @@ def predict_folder(
     cases, wrong = find_cases(model, Path(images), part_id, num_parts)
     previous = _previous_files(model, previous_stage, cases)
     record = {"input": str(images), **dict(arguments or {})}
-    table = prepare_folder(predictor, output.folder, continue_prediction, record, [c.identifier for c in cases])
+    every = [case.identifier for case in find_cases(model, Path(images))[0]]
+    table = prepare_folder(predictor, output.folder, continue_prediction, record, every)
     report = Report(failed=wrong)
     rows = table.read()
     if continue_prediction:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nnunet_diffext.checkpoints import read_safely
 from nnunet_diffext.data.dataset import preprocessed_folder
-from nnunet_diffext.data.modalities import modalities_of
+from nnunet_diffext.data.modalities import MODALITIES, modalities_of
 from nnunet_diffext.data.splits import load_split
 from nnunet_diffext.evaluation.calibration import Calibration, calibration
 from nnunet_diffext.evaluation.cases import as_background
@@ -35,6 +35,7 @@ from nnunet_diffext.inference.temperature import (
     fit_temperature,
     sample_voxels,
 )
+from nnunet_diffext.settings import PLANS_KEY
 
 VOXELS_PER_CASE = 200_000
 BAND_VOXELS = 3
@@ -182,9 +183,9 @@ def _predict(predictor: Predictor, case: str, previous: Path | None, scratch: Pa
     truth = inside_crop(model, _reference(model, case), properties)
     segmentation = inside_crop(model, segmentation, properties)
     probabilities = np.ascontiguousarray(inside_crop(model, probabilities, properties))
-    annotated = np.array(modalities_of(model.dataset_json).annotated(case))
+    annotated = _annotated(model, case)
     regions, hidden = model.space.regions, ()
-    if not regions:  # where nobody looked for a label, background means "none of the others"
+    if not regions and not annotated.all():  # where nobody looked for a label, background means "none of the others"
         hidden = tuple(np.flatnonzero(~annotated).tolist())
         truth, segmentation = (np.where(np.isin(part, hidden), 0, part) for part in (truth, segmentation))
     ignore = model.labels.ignore_label
@@ -203,6 +204,13 @@ def _predict(predictor: Predictor, case: str, previous: Path | None, scratch: Pa
     stored = StoredCase(scratch, case, probabilities, reference, mask)
     before = calibration(as_background(probabilities, hidden), reference, regions=regions, mask=mask)
     return CasePrediction(stored, before, VoxelSample(p, y, weight, hidden))
+
+
+def _annotated(model: ModelPlans, case: str) -> np.ndarray:
+    """Heads that somebody looked for in the case, bool ``(K,)``."""
+    if MODALITIES not in model.dataset_json.get(PLANS_KEY, {}):
+        return np.ones(model.space.num_heads, bool)
+    return np.array(modalities_of(model.dataset_json).annotated(case))
 
 
 def _load(model: ModelPlans, case: str, previous: Path | None) -> tuple[np.ndarray, dict[str, Any]]:

@@ -25,10 +25,13 @@ def set_modality(nnunet: Any, name: str) -> None:
     if name not in known:
         raise ValueError(f"--modality {name}: this model knows {', '.join(known)}.")
     index = known.index(name)
-    if not network.active[index]:
+    folds = nnunet.list_of_parameters
+    untaught = sum(not fold["active"][index] for fold in folds)
+    if untaught:
+        of = f" in {untaught} of {len(folds)} folds" if len(folds) > 1 else ""
         raise ValueError(
-            f"--modality {name}: the model has an expert and a head for {name}, but was never trained on it. If it is "
-            "from nnunet_diffext add_modality, train it with the command that was printed, and predict with the model "
-            "that this makes; otherwise its fold had no training case of that modality."
+            f"--modality {name}: the model has an expert and a head for {name}, but was never trained on it{of}. If it "
+            "is from nnunet_diffext add_modality, train it with the command that was printed, and predict with the "
+            "model that this makes; otherwise there was no training case of that modality."
         )
     network.modality = index

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_diffext.data.modalities import MODALITIES, ModalityError, modalities_of
 from nnunet_diffext.files import write_atomically
 from nnunet_diffext.inference.predictor import Predictor
 from nnunet_diffext.inference.quality import QualityTable
 from nnunet_diffext.settings import PLANS_KEY
 
 ARGUMENTS = "predict_from_raw_data_args.json"
-MODALITIES = "modalities"
 TOLD = ("modality", "prompt")
 """Arguments that change what a model answers, beside the settings of every prediction."""
 
@@ -35,7 +35,7 @@ def prepare_folder(
         folder: to make.
         continue_prediction: warn if what is there was made with other settings.
         arguments: of the call, written down.
-        cases: names of those to predict.
+        cases: names of all in the input folder, also of those that other parts of the call predict.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -73,11 +73,19 @@ def _with_modality(
 ) -> dict[str, Any]:
     """``dataset.json`` with the modality of the cases, and of those of earlier calls into the same folder."""
     content = dict(dataset_json)
-    if not modality:
-        return content
     block = content.get(PLANS_KEY, {})
-    known = {**block.get(MODALITIES, {}), **_part(_part(_read(folder / "dataset.json"), PLANS_KEY), MODALITIES)}
-    return {**content, PLANS_KEY: {**block, MODALITIES: {**known, **dict.fromkeys(cases, modality)}}}
+    earlier = _part(_part(_read(folder / "dataset.json"), PLANS_KEY), MODALITIES)
+    known = {**{case: name for case, name in earlier.items() if case not in cases}, **block.get(MODALITIES, {})}
+    named = {**known, **(dict.fromkeys(cases, modality) if modality else {})}
+    if not named:
+        return content
+    content[PLANS_KEY] = {**block, MODALITIES: named}
+    try:
+        modalities_of(content)
+    except ModalityError as error:
+        print(f"WARNING: the modality of the predicted cases is not in {folder / 'dataset.json'}: {error}")
+        return dict(dataset_json)
+    return content
 
 
 def _settings_of(file: Path) -> dict[str, Any]:

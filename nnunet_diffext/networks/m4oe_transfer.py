@@ -53,10 +53,9 @@ def freeze_all_but(net: M4oENet, modality: int) -> None:
     """
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    for module in net.modules():
-        if getattr(module, "running_mean", None) is not None:
-            # what the old modalities are predicted with stays, and the new one is trained with what predicts it
-            module.register_forward_pre_hook(_use_running_statistics)
+    # what the old modalities are predicted with stays, and the new one is trained with what predicts it; a hook of the
+    # whole network is still there when nnU-Net has made other modules of its batch norms
+    net.register_forward_pre_hook(_use_running_statistics)
     head, own = net.head.only_of(modality)
     for parameter in head.parameters() if own else ():
         parameter.requires_grad_(True).register_hook(_OnlyRows(own))
@@ -69,8 +68,10 @@ def freeze_all_but(net: M4oENet, modality: int) -> None:
             parameter.requires_grad_(True).register_hook(_OnlyRows([modality]))
 
 
-def _use_running_statistics(module: nn.Module, _: object) -> None:
-    module.eval()
+def _use_running_statistics(net: nn.Module, _: object) -> None:
+    for module in net.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
 
 
 class _OnlyRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,14 @@ def test_folds_that_validate_on_what_was_trained_on_are_refused(preprocessed: Pa
     ):
         continue_splits(OLD, NEW, [0], "P")
     assert json.loads(file.read_text()) == mixed
-    assert continue_splits(OLD, NEW, [1], "P") == "" and continue_splits(OLD, NEW, ["all"], "P") == ""
+    assert continue_splits(OLD, NEW, [1], "P") == ""
 
 
 def test_what_cannot_be_known_is_said(preprocessed: Path) -> None:
     (preprocessed / NEW / "P_3d" / f"{IDS[0]}.b2nd").unlink()
     assert f"1 of 6 cases of {OLD}, the first is {IDS[0]}, have another name" in continue_splits(OLD, NEW, [0], "P")
-    (preprocessed / OLD / "splits_final.json").unlink()
-    assert "has no splits_final.json" in continue_splits(OLD, NEW, [0], "P")
+    assert f"{OLD} has no fold 2 in a splits_final.json" in continue_splits(OLD, NEW, [0, 2], "P"), "nnU-Net draws it"
+    assert "has seen every case" in continue_splits(OLD, NEW, ["all"], "P")
+    shutil.rmtree(preprocessed / OLD)
+    assert f"{OLD} has no fold 0 in a splits_final.json" in continue_splits(OLD, NEW, [0], "P"), "of a copied model"
     assert not (preprocessed / NEW / "splits_final.json").exists()

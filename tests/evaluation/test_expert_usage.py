@@ -83,6 +83,9 @@ def test_starving_experts() -> None:
     ((expert, line),) = usage.starved()
     assert expert == 2
     assert line.startswith("expert 2 gets less than 3.3% of the weight in 2 of 3 layers") and "balance0p01" in line
+    switched_off = ExpertUsage(("CT", "MR"), 3, inactive=[2])
+    switched_off.add([gate(starving, starving)], [], modality(0, 1))
+    assert list(switched_off.starved()) == [], "nothing could feed it"
     usage = ExpertUsage(("CT", "MR"), 2)
     usage.add([gate((1.0, 0.0), (0.0, 1.0))], [], modality(0, 1))
     assert list(usage.starved()) == []

@@ -176,7 +176,8 @@ def test_other_differences_are_refused(modalities: dict[str, Any], options: dict
         extend_weights(old.state_dict(), old, new)
 
 
-def test_frozen_batch_norms_keep_their_statistics() -> None:
+@pytest.mark.parametrize("ranks", [False, True])
+def test_frozen_batch_norms_keep_their_statistics(ranks: bool) -> None:
     """Plans with batch norm: what the old modalities are predicted with includes running means, and the new one is
     trained with what will predict it.
     """
@@ -184,6 +185,8 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     plan = replace(plan, kwargs={**plan.kwargs, "norm_op": nn.BatchNorm2d})
     net = M4oENet(plan, KINDS["2d"].patch, 1, LabelSpace(4), NEW_LABEL, **SWIN)
     freeze_all_but(net, 2)
+    if ranks:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as nnU-Net does, behind the optimiser
     image, us = 3 * images(seed=2), torch.full((3,), 2)
     with torch.no_grad():
         net.modality = 0

@@ -254,7 +254,7 @@ def test_modality_without_a_training_case_does_not_answer(
     said: list[str] = []
     trainer.print_to_log_file = lambda *text, **_: said.append(" ".join(map(str, text)))
     trainer.on_train_start()
-    assert [line for line in said if "no training case of fold 0 is MR" in line]
+    assert [line for line in said if "nothing teaches MR, of which fold 0 has no training case" in line]
     network = trainer.network.eval()
     assert network.active.tolist() == [True, False]
     image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
