@@ -20,8 +20,6 @@ def balance_loss(gates: Sequence[Gate]) -> Tensor:
 
     Layers must not be pooled: each could use a single expert, and all together would still look balanced.
 
-    It teaches the gates, not the tokens that they see.
-
     The batch is balanced, not every sample: few samples of few modalities keep experts from specialising.
 
     Args:
@@ -37,8 +35,6 @@ def balance_loss(gates: Sequence[Gate]) -> Tensor:
 
 def modality_loss(gates: Sequence[Gate], modality: Tensor, modalities: int | None = None) -> Tensor:
     """Cross-entropy of the pooled gate against the modality: ``-log P(m | x)``, mean over samples.
-
-    It teaches the gates, not the tokens that they see: that would cost segmentations several points of Dice.
 
     In the log domain all along: the gradient is finite where the probability is too small for a float. Experts that are
     not active do not count; a modality must be active to be learnt.

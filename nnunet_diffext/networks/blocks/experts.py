@@ -27,8 +27,7 @@ class Gate(NamedTuple):
 
     Attributes:
         log_mean: ``(B, M)``, float32, log of the mean probability over tokens, among all experts that are active: also
-            those that a sample may not use yet, so that the gate can learn to tell them. Its gradient ends at the gate:
-            losses on it must not shape the tokens.
+            those that a sample may not use yet, so that the gate can learn to tell them.
         load: ``(B, M)``, share of every expert in what was used, without gradient: mean weight, or with top-1 routing
             the share of tokens.
     """
@@ -154,12 +153,9 @@ class ModalityExperts(nn.Module):
         with autocast_off(tokens.device):
             seen = tokens.float() if self.kind == "token" else tokens.float().mean(1, keepdim=True)
             # one product per expert: with one for all, the number of experts decides how each is rounded
-            rows = list(zip(self.gate.weight, self.gate.bias, strict=True))
-            logits = apart = [seen @ weight + bias for weight, bias in rows]
-            if seen.requires_grad:
-                apart = [seen.detach() @ weight + bias for weight, bias in rows]
+            logits = [seen @ weight + bias for weight, bias in zip(self.gate.weight, self.gate.bias, strict=True)]
             used = log_softmax(_masked(logits, routing.allowed))
-            told = log_softmax(_masked(apart, routing.active.expand_as(routing.allowed)))
+            told = log_softmax(_masked(logits, routing.active.expand_as(routing.allowed)))
             weights = load = [log.exp() for log in used]
             if self.top1:
                 probability, choice = torch.stack(weights).max(0)
