@@ -65,7 +65,13 @@ def results_folder(dataset: str) -> Path:
 
 
 def find_model_folder(
-    stage: str, dataset: str, configuration: str, trainer: str, plans_names: Sequence[str], fold: int | str
+    stage: str,
+    dataset: str,
+    configuration: str,
+    trainer: str,
+    plans_names: Sequence[str],
+    fold: int | str,
+    alternatives: str = "",
 ) -> Path:
     """Model folder of an earlier stage: ``nnUNet_diffext_<stage>`` if set, else by name in ``nnUNet_results``.
 
@@ -74,6 +80,7 @@ def find_model_folder(
         trainer: class name that the stage was trained with.
         plans_names: plans to look for, the first found wins.
         fold: must be finished there.
+        alternatives: how the names of trainers begin that may be offered instead.
     Raises:
         StageError: with the command that makes the stage, and the trainings that exist instead; or the variable names
             no model folder, or another checkpoint than the final one of this fold.
@@ -104,7 +111,9 @@ def find_model_folder(
         raise StageError(
             f"The {stage} is not finished: {started / f'fold_{fold}'} has no {FINAL}. Finish it first:\n  {command} --c"
         )
-    others = sorted(f.parent.parent.name for f in results.glob(f"*__*__{configuration}/fold_{fold}/{FINAL}"))
+    others = sorted(
+        f.parent.parent.name for f in results.glob(f"{alternatives}*__*__{configuration}/fold_{fold}/{FINAL}")
+    )
     instead = (
         f" Or use one of the finished trainings {', '.join(others)}: export {variable}={results}/NAME" if others else ""
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -24,6 +25,10 @@ from nnunet_diffext.trainers.multimodal import MultimodalTrainer
 from nnunet_diffext.trainers.staged import StagedTrainer, load_weights
 
 ONE_MODALITY = "One modality: its experts are shared out by the gate alone, which nothing but the loss tells apart."
+GROWN = (
+    "Name a model of nnunet_diffext add_modality: export nnUNet_diffext_pretraining=MODEL_FOLDER; or leave out the "
+    "token freezeOld."
+)
 NOTHING_TELLS = (
     "Nothing in this network learns to tell the modality. Give it to nnunet_diffext predict (--modality); otherwise, "
     "as in the final validation, every label is asked of all modalities that have it."
@@ -36,6 +41,7 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
     Settings = M4oESettings
     base_name = "M4oETrainer"
     stage_name = "pretraining"
+    without_stage = "Or leave phase 1 out: token noMAE."
     reference = (
         "Jiang, Y., Shen, Y. (2024). M4oE: A Foundation Model for Medical Multimodal Image Segmentation with Mixture "
         "of Experts. MICCAI 2024."
@@ -95,6 +101,11 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         plain = ["plain"] if self.settings.where in ("decoder", "none") else []
         return "_".join([wanted, *plain, *self.settings.size_tokens()])
 
+    def _fitting_stage(self) -> Stage:
+        if self.settings.freeze_old and not os.environ.get(f"nnUNet_diffext_{self.stage_name}"):
+            raise StageError(f"freezeOld trains the newest modality of a grown model; which one? {GROWN}")
+        return super()._fitting_stage()
+
     def check_stage(self, stage: Stage) -> None:
         """Phase 1 of the same modalities, or a model that ``add_modality`` has extended."""
         trainer = stage.trainer_name.split("_")[0]
@@ -113,8 +124,7 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         if self.settings.freeze_old and not _brings_a_modality(stage):
             raise StageError(
                 f"{stage.folder} has no modality that is newer than the others; freezeOld would train next to nothing, "
-                "or what an old one uses. It is for a model of nnunet_diffext add_modality: export "
-                f"nnUNet_diffext_{self.stage_name}=MODEL_FOLDER, or leave out the token freezeOld."
+                f"or what an old one uses. {GROWN}"
             )
 
     def load_stage_weights(self) -> None:

@@ -26,6 +26,8 @@ class StagedTrainer(DiffextTrainer):
     """
 
     stage_name: ClassVar[str]
+    without_stage: ClassVar[str] = ""
+    """What else the user can do, for the end of a message that there is no such stage."""
     stage: Stage | None = None
     _continues = False
 
@@ -79,7 +81,10 @@ class StagedTrainer(DiffextTrainer):
         return getattr(self.settings, self._trainer_key)
 
     def _fitting_stage(self) -> Stage:
-        stage = fitting_stage(self, self.stage_name, self._wanted_trainer)
+        try:
+            stage = fitting_stage(self, self.stage_name, self._wanted_trainer)
+        except StageError as error:
+            raise StageError(f"{error}\n{self.without_stage}".rstrip()) from error
         self.check_stage(stage)
         return stage
 
@@ -113,7 +118,9 @@ def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str, configuration
     base = plans[PLANS_KEY].get(PLANNER_KEY, {}).get("base_plans")
     names += [base] if base and base not in names else []
     where = (plans["dataset_name"], configuration, wanted, names, trainer.fold)
-    stage = load_stage(find_model_folder(name, *where), trainer.fold)
+    # A stage of this package is of use to the trainer it was made for; a network of nnU-Net may be anybody's.
+    own, _ = split_name(wanted, TRAINERS) or ("", [])
+    stage = load_stage(find_model_folder(name, *where, "" if own == "nnUNetTrainer" else own), trainer.fold)
     check_fits(stage, plans, configuration, trainer.dataset_json)
     return stage
 
@@ -163,6 +170,6 @@ def load_weights(network: nn.Module, stage: Stage) -> None:
             f"The weights of {stage.folder}, fold {stage.fold}, do not fit the network that {stage.trainer_name} "
             f"builds from these plans: {len(different)} parameters differ, the first is {key} "
             f"({there.get(key, 'missing')} in the file, {here.get(key, 'missing')} here). Train that stage "
-            "with the plans of this training."
+            "with the plans of this training, and with the same tokens for the network's size."
         )
     network.load_state_dict(stage.weights)

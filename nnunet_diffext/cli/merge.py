@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
 def _lines(report: MergeReport, number: int) -> Iterator[str]:
     from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-    rows = [("source", "modality", "cases", "unlabelled", "annotated labels")]
+    rows = [("source", "modality", "cases", "unlabelled", "test", "annotated labels")]
     for s in report.sources:
-        labels = ", ".join(report.classes[s.name])
-        rows.append((s.name, s.modality, str(len(s.cases)), str(len(s.unlabeled)), labels))
+        counts = (str(len(cases)) for cases in (s.cases, s.unlabeled, s.test))
+        rows.append((s.name, s.modality, *counts, ", ".join(report.classes[s.name])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -64,6 +64,10 @@ def _lines(report: MergeReport, number: int) -> Iterator[str]:
         were = ", ".join(dict.fromkeys(s.channels[int(index)] for s in report.sources))
         scheme = get_normalization_scheme(name).__name__
         yield f"channel {index}: {name}" + (f" (was {were})" if were != name else "") + f", normalised by {scheme}"
+    ending = content["file_ending"]
+    others = [f"{s.name} ({s.ending})" for s in report.sources if s.ending != ending]
+    if others:
+        yield f"format: {ending}, also for images to predict; converted: {', '.join(others)}"
     yield f"splits: {report.splits_note}" + (f", in {report.splits}" if report.splits else "")
     yield f"Wrote {report.folder}. Next:"
     yield f"  nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity"

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     if args.save_samples and not predictor.sampling.samples:
         raise ValueError("--save_samples: this prediction draws no samples. Leave it out, or choose -samples M.")
     find_cases(predictor.model, Path(args.i), args.part_id, args.num_parts)
-    for line in describe_use(calibration, folder, predictor.settings.as_dict()):
+    for line in describe_use(calibration, folder, predictor.settings.as_dict(), args.modality):
         print(line)
     samples = predictor.sampling.samples if args.save_samples else 0
     report = predict_folder(

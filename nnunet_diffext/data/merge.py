@@ -140,10 +140,10 @@ def _modalities(sources: Sequence[Source], union: LabelUnion) -> dict[str, Any]:
     only where a case has less."""
     modality_of, annotated = {}, {}
     for source in sources:
-        for case in (*source.cases, *source.unlabeled):
+        for case in (*source.cases, *source.unlabeled, *source.test):
             modality_of[source.new_id(case.identifier)] = source.modality
-        for case in source.cases:
-            annotated[source.new_id(case.identifier)] = _annotated(source, union, case.identifier)
+        for case in source.annotated:
+            annotated[source.new_id(case)] = _annotated(source, union, case)
     listed: dict[str, set[str]] = {}
     for case, classes in annotated.items():
         listed.setdefault(modality_of[case], set()).update(classes)
@@ -164,17 +164,28 @@ def _annotated(source: Source, union: LabelUnion, case: str) -> set[str]:
 def _place_cases(
     sources: Sequence[Source], union: LabelUnion, place: Place, processes: int, show_progress: bool
 ) -> None:
-    for subfolder in ("imagesTr", "labelsTr", *(("imagesTu",) if any(s.unlabeled for s in sources) else ())):
-        (place.folder / subfolder).mkdir()
     jobs = [
-        (place, s.new_id(case.identifier), case.files, s.label_files[case.identifier], union.values[s.name])
+        (place, part, s.new_id(case.identifier), case.files, labels[case.identifier], union.values[s.name])
         for s in sources
-        for case in s.cases
+        for part, cases, labels in (("Tr", s.cases, s.label_files), ("Ts", s.test, s.test_label_files))
+        for case in cases
+        if case.identifier in labels
     ]
     extra = [(place, "imagesTu", s.new_id(case.identifier), case.files) for s in sources for case in s.unlabeled]
+    extra += [
+        (place, "imagesTs", s.new_id(case.identifier), case.files)
+        for s in sources
+        for case in s.test
+        if case.identifier not in s.test_label_files
+    ]
+    parts = {job[1] for job in jobs}
+    for subfolder in {f"{kind}{part}" for kind in ("images", "labels") for part in parts} | {job[1] for job in extra}:
+        (place.folder / subfolder).mkdir()
     problems = list(_problems(jobs, run_all(place_labeled, jobs, processes, "Labelled cases", show_progress)))
     if extra and not problems:
-        results = sorted(run_all(place_images, extra, processes, "Unlabelled images", show_progress), key=itemgetter(0))
+        results = sorted(
+            run_all(place_images, extra, processes, "Images without labels", show_progress), key=itemgetter(0)
+        )
         problems = [f"{extra[index][2]}: {found.message}" for index, found in results if isinstance(found, Failure)]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
@@ -184,7 +195,7 @@ def _place_cases(
 
 def _problems(jobs: Sequence[tuple], results: Iterator[tuple[int, Any]]) -> Iterator[str]:
     for index, found in sorted(results, key=itemgetter(0)):
-        _, case, _, file, values = jobs[index]
+        _, _, case, _, file, values = jobs[index]
         if isinstance(found, Failure):
             yield f"{case}: {found.message}"
         elif found:

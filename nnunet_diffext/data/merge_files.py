@@ -43,13 +43,14 @@ def place_images(place: Place, subfolder: str, case: str, files: tuple[str, ...]
 
 
 def place_labeled(
-    place: Place, case: str, files: tuple[str, ...], label: str, values: Mapping[int, int]
+    place: Place, part: str, case: str, files: tuple[str, ...], label: str, values: Mapping[int, int]
 ) -> list[int | float]:
-    """Put a labelled case into ``imagesTr`` and ``labelsTr``. Its label file is always read, also if it is only linked:
-    a value that its dataset does not know may be a class of another one.
+    """Put a labelled case into ``images{part}`` and ``labels{part}``. Its label file is always read, also if it is only
+    linked: a value that its dataset does not know may be a class of another one.
 
     Args:
         place: where.
+        part: ``Tr`` or ``Ts``.
         case: its new id.
         files: images.
         label: label file.
@@ -65,8 +66,8 @@ def place_labeled(
     unknown = [int(value) if value.is_integer() else value for value in found if value not in values]
     if unknown:
         return unknown
-    place_images(place, "imagesTr", case, files)
-    target = Path("labelsTr") / f"{case}{place.ending}"
+    place_images(place, f"images{part}", case, files)
+    target = Path(f"labels{part}") / f"{case}{place.ending}"
     if all(values[int(value)] == value for value in found):
         _place(place, label, target)
     else:

@@ -41,7 +41,10 @@ class Source:
         cases: labelled ones.
         label_files: id -> file.
         unlabeled: those of ``imagesTu``.
-        annotated: id -> labels that are annotated in this case, if its own ``dataset.json`` says so; else all.
+        test: those of ``imagesTs``.
+        test_label_files: id -> file, for the test cases that have one in ``labelsTs``.
+        annotated: id -> labels that are annotated in this case, if its own ``dataset.json`` says so; else all. For all
+            cases with labels.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Source:
     cases: tuple[Case, ...]
     label_files: dict[str, str]
     unlabeled: tuple[Case, ...]
+    test: tuple[Case, ...]
+    test_label_files: dict[str, str]
     annotated: dict[str, frozenset[str]]
 
     @property
@@ -73,7 +78,7 @@ def read_source(name: str, modality: str) -> Source:
     Raises:
         ValueError: something in it cannot be merged; the message names the dataset.
         FileNotFoundError: no ``dataset.json`` or no images.
-        BadImagesError: wrong names in ``imagesTr`` or ``imagesTu``, missing channels.
+        BadImagesError: wrong names in ``imagesTr``, ``imagesTu`` or ``imagesTs``, missing channels.
     """
     folder = nnunet_folder("nnUNet_raw") / name
     dataset_json = load_json(folder / "dataset.json", "Datasets are merged from nnUNet_raw: put the raw data there.")
@@ -96,9 +101,12 @@ def _read(folder: Path, dataset_json: dict[str, Any], modality: str) -> Source:
             "together with the other ones, in one call."
         )
     cases, label_files = _labeled_cases(folder, dataset_json)
-    extra = folder / "imagesTu"
-    has_extra = extra.is_dir() and any(extra.iterdir())
-    unlabeled = _cases_of(extra, dataset_json["file_ending"], set(label_files)) if has_extra else []
+    ending = dataset_json["file_ending"]
+    unlabeled = _extra_cases(folder / "imagesTu", ending, set(label_files))
+    # Test and training cases that are both counted from 0 stay in folders of their own.
+    test = _extra_cases(folder / "imagesTs", ending, set())
+    references = {case.identifier: folder / "labelsTs" / f"{case.identifier}{ending}" for case in test}
+    test_label_files = {case: str(file) for case, file in references.items() if file.is_file()}
     channels = tuple(channel_names(dataset_json))
     reader, first_shape = _open_first(dataset_json, cases[0])
     if first_shape[0] != len(channels):
@@ -111,19 +119,28 @@ def _read(folder: Path, dataset_json: dict[str, Any], modality: str) -> Source:
         modality,
         labels,
         channels,
-        dataset_json["file_ending"],
+        ending,
         reader,
         dataset_json.get("overwrite_image_reader_writer", "None") != "None",
         first_shape[1] == 1,
         tuple(cases),
         label_files,
         tuple(unlabeled),
-        {case.identifier: _annotated(partial, case.identifier) for case in cases},
+        tuple(test),
+        test_label_files,
+        {case: _names(partial, _annotated_in_test(partial, case)) for case in test_label_files}
+        | {case: _names(partial, partial.annotated(case)) for case in label_files},
     )
 
 
-def _annotated(partial: Modalities, case: str) -> frozenset[str]:
-    return frozenset(label for label, known in zip(partial.heads, partial.annotated(case), strict=True) if known)
+def _annotated_in_test(partial: Modalities, case: str) -> tuple[bool, ...]:
+    """No training reads the modality of a test case, so that many files do not give it."""
+    listed = case in partial.of_case or not partial.of_case
+    return partial.annotated(case) if listed else partial.classes(partial.names[0])
+
+
+def _names(partial: Modalities, annotated: tuple[bool, ...]) -> frozenset[str]:
+    return frozenset(label for label, known in zip(partial.heads, annotated, strict=True) if known)
 
 
 def _labeled_cases(folder: Path, dataset_json: dict[str, Any]) -> tuple[list[Case], dict[str, str]]:
@@ -147,6 +164,10 @@ def _labeled_cases(folder: Path, dataset_json: dict[str, Any]) -> tuple[list[Cas
         lines = "\n".join(f"  - {file}" for file in absent)
         raise ValueError(f"{len(absent)} file(s) are missing. Add them, or remove their cases:\n{lines}")
     return cases, labels
+
+
+def _extra_cases(folder: Path, ending: str, taken: set[str]) -> list[Case]:
+    return _cases_of(folder, ending, taken) if folder.is_dir() and any(folder.iterdir()) else []
 
 
 def _cases_of(folder: Path, ending: str, taken: set[str]) -> list[Case]:

@@ -58,6 +58,7 @@ def score_case(case: Case, task: Task, options: Options) -> CaseScore:
     prediction, reference, spacing, notes = _read_pair(case, task)
     scored = {key: values for key, values in task.labels.items() if key not in case.unannotated}
     hidden = [value for key in case.unannotated for value in task.labels[key]]
+    notes += _unexpected(case, task, reference)
     as_predicted = prediction
     if not task.regions:  # background means "none of the labels that were looked for"
         prediction, reference = (np.where(np.isin(part, hidden), 0, part) for part in (prediction, reference))
@@ -91,6 +92,24 @@ def score_case(case: Case, task: Task, options: Options) -> CaseScore:
     for key, values in metrics.items():
         metrics[key] = values | (calibration_metrics(*statistics[key]) if key in statistics else blank)
     return CaseScore(metrics, pooled, statistics, notes=notes)
+
+
+def _unexpected(case: Case, task: Task, reference: np.ndarray) -> tuple[str, ...]:
+    """A note if a reference has labels that nobody looked for: most of the time it is that of another dataset, whose
+    values mean other classes."""
+    scored = {value for key, values in task.labels.items() if key not in case.unannotated for value in values}
+    found = [
+        task.names[key]
+        for key in case.unannotated
+        if np.isin(reference, [v for v in task.labels[key] if v not in scored]).any()
+    ]
+    if not found:
+        return ()
+    return (
+        f"{case.reference} holds {', '.join(map(repr, found))}, but dataset.json says that nobody looked for it in "
+        "this case: is it from a dataset that was merged? Its values mean other labels there; labelsTs of the merged "
+        "dataset has the new ones",
+    )
 
 
 def without_unannotated(probabilities: np.ndarray, task: Task, unannotated: Sequence[str]) -> tuple[np.ndarray, Task]:

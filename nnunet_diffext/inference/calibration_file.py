@@ -106,8 +106,17 @@ def remove_calibration(model_folder: Path) -> bool:
     return existed
 
 
-def describe_use(content: Mapping[str, Any] | None, model_folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """What the user has to know when a prediction with these settings uses the calibration: one line, and warnings."""
+def describe_use(
+    content: Mapping[str, Any] | None, model_folder: Path, settings: Mapping[str, Any], modality: str | None = None
+) -> list[str]:
+    """What the user has to know when a prediction with these settings uses the calibration: one line, and warnings.
+
+    Args:
+        content: of the file.
+        model_folder: that it is in.
+        settings: of the prediction.
+        modality: that the network is told.
+    """
     if content is None:
         return []
     when = f", fitted {content['date']}" if "date" in content else ""
@@ -128,6 +137,11 @@ def describe_use(content: Mapping[str, Any] | None, model_folder: Path, settings
     if changed:
         lines.append(
             f"WARNING: fold {', '.join(changed)} was trained again since the temperature was fitted. Calibrate again."
+        )
+    if modality:
+        lines.append(
+            f"NOTE: the temperature was fitted on validation cases of all modalities, without telling the network "
+            f"which one they have; it may not be the best one for {modality}."
         )
     if len(here["folds"]) > 1:
         lines.append(

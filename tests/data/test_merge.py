@@ -266,9 +266,9 @@ def test_verb(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
     words = ["merge", "-d", "1", MR, "-o", "20", "--name", "All", "--modality", "CT", "MR", "-np", "1"]
     assert main([*words, "--labels", str(mapping)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["source", "modality", "cases", "unlabelled", "annotated", "labels"]
-    assert printed[1].split() == [CT, "CT", "2", "1", "liver,", "spleen"]
-    assert printed[2].split() == [MR, "MR", "2", "0", "spleen,", "lesion"]
+    assert printed[0].split() == ["source", "modality", "cases", "unlabelled", "test", "annotated", "labels"]
+    assert printed[1].split() == [CT, "CT", "2", "1", "0", "liver,", "spleen"]
+    assert printed[2].split() == [MR, "MR", "2", "0", "0", "spleen,", "lesion"]
     assert "labels: background 0, liver 1, spleen 2, lesion 3, ignore 4" in printed
     assert "channel 0: image (was CT, MR), normalised by ZScoreNormalization" in printed
     assert [line.strip() for line in printed[-4:]] == [

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nnunet_diffext.data.modalities import modalities_of
+from nnunet_diffext.inference.calibration_file import describe_use
 from nnunet_diffext.inference.modality import set_modality
 from nnunet_diffext.inference.output_folder import prepare_folder
 
@@ -69,3 +70,11 @@ def test_case_that_is_called_like_a_modality(tmp_path: Path, capsys: pytest.Capt
     content = written(tmp_path, "MR", ["CT"])
     assert content["diffext"] == TWO
     assert "WARNING: the modality of the predicted cases is not in" in capsys.readouterr().out
+
+
+def test_a_temperature_was_fitted_without_it() -> None:
+    settings = {"folds": [0], "checkpoint": "checkpoint_final.pth"}
+    content = {"temperature": 1.5, "settings": settings}
+    told, untold = (describe_use(content, Path("model"), settings, modality) for modality in ("MR", None))
+    assert len(told) == 2 and "may not be the best one for MR" in told[1] and untold == told[:1]
+    assert describe_use(None, Path("model"), settings, "MR") == []

@@ -154,11 +154,22 @@ def test_without_phase_1(tokens: str, wanted: str) -> None:
     with pytest.raises(StageError) as caught:
         trainer.initialize()
     assert f"nnUNetv2_train Dataset999_Tiny 2d 0 -tr {wanted} -p nnUNetPlans" in str(caught.value)
+    assert str(caught.value).endswith("Or leave phase 1 out: token noMAE.")
     assert trainer.network is None
     finish(ready_trainer(wanted.removeprefix(f"{PRETRAIN}_"), base=PRETRAIN, labels=LABELS, diffext=TWO))
     again = trainer_of(tokens, mae=True)
     again.initialize()
     assert again.settings.pretraining_trainer == wanted
+
+
+def test_only_phases_1_are_offered_instead() -> None:
+    options = {"labels": LABELS, "diffext": TWO}
+    finish(ready_trainer(base="nnUNetTrainer", **options))
+    assert "Or use one of" not in refused("No pretraining")
+    finish(ready_trainer("dim12", base=PRETRAIN, **options))
+    assert f"Or use one of the finished trainings {PRETRAIN}_dim12__nnUNetPlans__2d: export" in refused(
+        "No pretraining"
+    )
 
 
 def test_phase_1_of_other_modalities(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +201,9 @@ def test_freezing_needs_a_model_with_a_new_modality(monkeypatch: pytest.MonkeyPa
     ordinary = finish(ready())
     monkeypatch.setenv("nnUNet_diffext_pretraining", str(ordinary))
     refused(message, "freezeOld")
+    monkeypatch.delenv("nnUNet_diffext_pretraining")
+    missing = refused("freezeOld trains the newest modality of a grown model", "freezeOld")
+    assert "export nnUNet_diffext_pretraining=MODEL_FOLDER" in missing and "nnUNetv2_train" not in missing
 
 
 # ------------------------------------------------------------------ continued
