@@ -72,6 +72,7 @@ def find_model_folder(
     plans_names: Sequence[str],
     fold: int | str,
     alternatives: str = "",
+    otherwise: str = "",
 ) -> Path:
     """Model folder of an earlier stage: ``nnUNet_diffext_<stage>`` if set, else by name in ``nnUNet_results``.
 
@@ -81,6 +82,7 @@ def find_model_folder(
         plans_names: plans to look for, the first found wins.
         fold: must be finished there.
         alternatives: how the names of trainers begin that may be offered instead.
+        otherwise: what else the user can do without the stage.
     Raises:
         StageError: with the command that makes the stage, and the trainings that exist instead; or the variable names
             no model folder, or another checkpoint than the final one of this fold.
@@ -114,10 +116,10 @@ def find_model_folder(
     others = sorted(
         f.parent.parent.name for f in results.glob(f"{alternatives}*__*__{configuration}/fold_{fold}/{FINAL}")
     )
-    instead = (
-        f" Or use one of the finished trainings {', '.join(others)}: export {variable}={results}/NAME" if others else ""
-    )
-    raise StageError(f"No {stage} for fold {fold} in {results}. Train it first:\n  {command}\n{instead}".rstrip())
+    lines = [f"No {stage} for fold {fold} in {results}. Train it first:", f"  {command}"]
+    if others:
+        lines += [f"Or use a finished training, if it fits ({', '.join(others)}): export {variable}={results}/NAME"]
+    raise StageError("\n".join([*lines, *([otherwise] if otherwise else [])]))
 
 
 def load_stage(folder: Path, fold: int | str) -> Stage:

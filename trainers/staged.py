@@ -81,10 +81,7 @@ class StagedTrainer(DiffextTrainer):
         return getattr(self.settings, self._trainer_key)
 
     def _fitting_stage(self) -> Stage:
-        try:
-            stage = fitting_stage(self, self.stage_name, self._wanted_trainer)
-        except StageError as error:
-            raise StageError(f"{error}\n{self.without_stage}".rstrip()) from error
+        stage = fitting_stage(self, self.stage_name, self._wanted_trainer, otherwise=self.without_stage)
         self.check_stage(stage)
         return stage
 
@@ -101,7 +98,9 @@ class StagedTrainer(DiffextTrainer):
         return json.loads(plans.read_text()).get(PLANS_KEY) if plans.is_file() else None
 
 
-def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str, configuration: str | None = None) -> Stage:
+def fitting_stage(
+    trainer: DiffextTrainer, name: str, wanted: str, configuration: str | None = None, otherwise: str = ""
+) -> Stage:
     """The same fold of an earlier training on the same data, plans and labels.
 
     Args:
@@ -109,6 +108,7 @@ def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str, configuration
         name: of the stage; the variable ``nnUNet_diffext_<name>`` comes first.
         wanted: trainer to look for in ``nnUNet_results``.
         configuration: default: that of the training.
+        otherwise: end of the message if there is none.
     Raises:
         StageError: there is none, or it does not fit. CheckpointError: its file is damaged or unsafe.
     """
@@ -120,7 +120,8 @@ def fitting_stage(trainer: DiffextTrainer, name: str, wanted: str, configuration
     where = (plans["dataset_name"], configuration, wanted, names, trainer.fold)
     # A stage of this package is of use to the trainer it was made for; a network of nnU-Net may be anybody's.
     own, _ = split_name(wanted, TRAINERS) or ("", [])
-    stage = load_stage(find_model_folder(name, *where, "" if own == "nnUNetTrainer" else own), trainer.fold)
+    alternatives = "" if own == "nnUNetTrainer" else own
+    stage = load_stage(find_model_folder(name, *where, alternatives, otherwise), trainer.fold)
     check_fits(stage, plans, configuration, trainer.dataset_json)
     return stage
 

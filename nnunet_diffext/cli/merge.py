@@ -15,7 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "merge",
         description="Make one raw dataset out of several: labels with the same name are one class, every case keeps "
-        "its modality and knows which labels were annotated in it. Files are linked unless they must change.",
+        "its modality and knows which labels were annotated in it. Unlabelled and test images (imagesTu, imagesTs, "
+        "labelsTs) come along. Files are linked unless they must change.",
     )
     parser.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="names or IDs of two or more datasets")
     parser.add_argument("-o", type=int, required=True, metavar="ID", help="number of the new dataset; must be free")
@@ -53,8 +54,9 @@ def _lines(report: MergeReport, number: int) -> Iterator[str]:
 
     rows = [("source", "modality", "cases", "unlabelled", "test", "annotated labels")]
     for s in report.sources:
-        counts = (str(len(cases)) for cases in (s.cases, s.unlabeled, s.test))
-        rows.append((s.name, s.modality, *counts, ", ".join(report.classes[s.name])))
+        test = f"{len(s.test)} ({len(s.test_label_files)} with labels)" if s.test else "0"
+        labels = ", ".join(report.classes[s.name])
+        rows.append((s.name, s.modality, str(len(s.cases)), str(len(s.unlabeled)), test, labels))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

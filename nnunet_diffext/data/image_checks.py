@@ -39,7 +39,7 @@ def collect_cases(folder: Path, file_ending: str, taken: set[str]) -> tuple[list
     """The cases in a folder whose files are called ``{CASE}_{XXXX}{file_ending}``, and what is wrong with the names.
 
     Args:
-        folder: searched without its subfolders; files with another ending are none of our business.
+        folder: searched without its subfolders; hidden files, and files with another ending, are none of our business.
         file_ending: of the dataset, such as ``.nii.gz``.
         taken: ids of training cases, which a case without labels must not have.
 
@@ -53,7 +53,9 @@ def collect_cases(folder: Path, file_ending: str, taken: set[str]) -> tuple[list
         raise FileNotFoundError(
             f"{folder} does not exist. Put the images without labels there, or name their folder with -i."
         )
-    names = sorted(f.name for f in folder.iterdir() if f.name.endswith(file_ending) and f.is_file())
+    names = sorted(
+        f.name for f in folder.iterdir() if f.name.endswith(file_ending) and f.name[0] != "." and f.is_file()
+    )
     if not names:
         raise FileNotFoundError(f"{folder} holds no file that ends in {file_ending}, the file_ending of the dataset.")
     pattern = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ def merge_datasets(
     folder = nnunet_folder("nnUNet_raw") / _target_name(target, name, names)
     sources = [read_source(n, modality) for n, modality in zip(names, modalities, strict=True)]
     union = unite({source.name: source.labels for source in sources}, labels or {})
+    taught = _taught(sources, union)
+    sources = [_with_references_of_use(source, union, taught) for source in sources]
     channels, (ending, reader) = common_channels(sources), common_format(sources)
     dataset_json = {
         "channel_names": {str(index): channel for index, channel in enumerate(channels)},
@@ -138,21 +140,36 @@ def _target_name(number: int, name: str, sources: Sequence[str]) -> str:
 def _modalities(sources: Sequence[Source], union: LabelUnion) -> dict[str, Any]:
     """``modalities`` of all cases, and ``annotated``: per modality all that is annotated in any of its cases, per case
     only where a case has less."""
-    modality_of, annotated = {}, {}
+    modality_of, listed = {}, _taught(sources, union)
+    by_modality = dict(listed)
     for source in sources:
         for case in (*source.cases, *source.unlabeled, *source.test):
             modality_of[source.new_id(case.identifier)] = source.modality
         for case in source.annotated:
-            annotated[source.new_id(case)] = _annotated(source, union, case)
-    listed: dict[str, set[str]] = {}
-    for case, classes in annotated.items():
-        listed.setdefault(modality_of[case], set()).update(classes)
-    listed |= {case: classes for case, classes in annotated.items() if classes != listed[modality_of[case]]}
+            # what no training case teaches is not asked of a test case either
+            classes = _annotated(source, union, case) & by_modality[source.modality]
+            if classes and classes != by_modality[source.modality]:
+                listed[source.new_id(case)] = classes
     return {
         "modalities": modality_of,
         "annotated": {key: [label for label in union.labels if label in classes] for key, classes in listed.items()},
         "merged_from": {source.number: source.name for source in sources},
     }
+
+
+def _taught(sources: Sequence[Source], union: LabelUnion) -> dict[str, set[str]]:
+    """Per modality, the classes that are annotated in at least one of its training cases."""
+    found: dict[str, set[str]] = {}
+    for source in sources:
+        for case in source.cases:
+            found.setdefault(source.modality, set()).update(_annotated(source, union, case.identifier))
+    return found
+
+
+def _with_references_of_use(source: Source, union: LabelUnion, taught: Mapping[str, set[str]]) -> Source:
+    """Without references in which nothing is annotated that could be predicted."""
+    known = {case for case in source.test_label_files if _annotated(source, union, case) & taught[source.modality]}
+    return replace(source, test_label_files={case: source.test_label_files[case] for case in known})
 
 
 def _annotated(source: Source, union: LabelUnion, case: str) -> set[str]:
@@ -164,22 +181,19 @@ def _annotated(source: Source, union: LabelUnion, case: str) -> set[str]:
 def _place_cases(
     sources: Sequence[Source], union: LabelUnion, place: Place, processes: int, show_progress: bool
 ) -> None:
-    jobs = [
-        (place, part, s.new_id(case.identifier), case.files, labels[case.identifier], union.values[s.name])
-        for s in sources
-        for part, cases, labels in (("Tr", s.cases, s.label_files), ("Ts", s.test, s.test_label_files))
-        for case in cases
-        if case.identifier in labels
-    ]
-    extra = [(place, "imagesTu", s.new_id(case.identifier), case.files) for s in sources for case in s.unlabeled]
-    extra += [
-        (place, "imagesTs", s.new_id(case.identifier), case.files)
-        for s in sources
-        for case in s.test
-        if case.identifier not in s.test_label_files
-    ]
-    parts = {job[1] for job in jobs}
-    for subfolder in {f"{kind}{part}" for kind in ("images", "labels") for part in parts} | {job[1] for job in extra}:
+    jobs, extra = [], []  # with and without labels
+    for source in sources:
+        parts = ("Tr", source.cases, source.label_files), ("Ts", source.test, source.test_label_files)
+        for part, cases, labels in (*parts, ("Tu", source.unlabeled, {})):
+            for case in cases:
+                new = source.new_id(case.identifier)
+                if case.identifier in labels:
+                    label, values = labels[case.identifier], union.values[source.name]
+                    jobs.append((place, part, new, case.files, label, values))
+                else:
+                    extra.append((place, f"images{part}", new, case.files))
+    subfolders = {job[1] for job in extra}.union(*({f"images{job[1]}", f"labels{job[1]}"} for job in jobs))
+    for subfolder in sorted(subfolders):
         (place.folder / subfolder).mkdir()
     problems = list(_problems(jobs, run_all(place_labeled, jobs, processes, "Labelled cases", show_progress)))
     if extra and not problems:

@@ -41,10 +41,10 @@ class Source:
         cases: labelled ones.
         label_files: id -> file.
         unlabeled: those of ``imagesTu``.
-        test: those of ``imagesTs``.
+        test: those of ``imagesTs``. If one has the id of another case, all ids here begin with ``test_``.
         test_label_files: id -> file, for the test cases that have one in ``labelsTs``.
         annotated: id -> labels that are annotated in this case, if its own ``dataset.json`` says so; else all. For all
-            cases with labels.
+            labelled cases and all test cases.
     """
 
     name: str
@@ -102,11 +102,13 @@ def _read(folder: Path, dataset_json: dict[str, Any], modality: str) -> Source:
         )
     cases, label_files = _labeled_cases(folder, dataset_json)
     ending = dataset_json["file_ending"]
-    unlabeled = _extra_cases(folder / "imagesTu", ending, set(label_files))
-    # Test and training cases that are both counted from 0 stay in folders of their own.
-    test = _extra_cases(folder / "imagesTs", ending, set())
+    extra = folder / "imagesTu"
+    has_extra = extra.is_dir() and any(extra.iterdir())
+    unlabeled = _cases_of(extra, ending, set(label_files)) if has_extra else []
+    test = _test_cases(folder / "imagesTs", ending, len(cases[0].files))
+    taken = {*label_files, *(case.identifier for case in unlabeled)}
+    prefix = "test_" if any(case.identifier in taken for case in test) else ""
     references = {case.identifier: folder / "labelsTs" / f"{case.identifier}{ending}" for case in test}
-    test_label_files = {case: str(file) for case, file in references.items() if file.is_file()}
     channels = tuple(channel_names(dataset_json))
     reader, first_shape = _open_first(dataset_json, cases[0])
     if first_shape[0] != len(channels):
@@ -126,9 +128,9 @@ def _read(folder: Path, dataset_json: dict[str, Any], modality: str) -> Source:
         tuple(cases),
         label_files,
         tuple(unlabeled),
-        tuple(test),
-        test_label_files,
-        {case: _names(partial, _annotated_in_test(partial, case)) for case in test_label_files}
+        tuple(Case(f"{prefix}{case.identifier}", case.files) for case in test),
+        {f"{prefix}{case}": str(file) for case, file in references.items() if file.is_file()},
+        {f"{prefix}{case.identifier}": _names(partial, _annotated_in_test(partial, case.identifier)) for case in test}
         | {case: _names(partial, partial.annotated(case)) for case in label_files},
     )
 
@@ -166,8 +168,16 @@ def _labeled_cases(folder: Path, dataset_json: dict[str, Any]) -> tuple[list[Cas
     return cases, labels
 
 
-def _extra_cases(folder: Path, ending: str, taken: set[str]) -> list[Case]:
-    return _cases_of(folder, ending, taken) if folder.is_dir() and any(folder.iterdir()) else []
+def _test_cases(folder: Path, ending: str, channels: int) -> list[Case]:
+    """Whatever else lies in the folder: nnU-Net never looks at it."""
+    if not any(file.name[0] != "." for file in folder.glob(f"*{ending}")):
+        return []
+    cases, problems = collect_cases(folder, ending, set())
+    wrong = [case for case in cases if len(case.files) != channels]
+    problems += [f"{c.identifier}: has {len(c.files)} file(s), a training case {channels}" for c in wrong]
+    if problems:
+        raise ValueError(f"{BadImagesError(folder, problems)}\nOr move {folder} away; merge can do without.")
+    return cases
 
 
 def _cases_of(folder: Path, ending: str, taken: set[str]) -> list[Case]:

@@ -95,8 +95,8 @@ def score_case(case: Case, task: Task, options: Options) -> CaseScore:
 
 
 def _unexpected(case: Case, task: Task, reference: np.ndarray) -> tuple[str, ...]:
-    """A note if a reference has labels that nobody looked for: most of the time it is that of another dataset, whose
-    values mean other classes."""
+    """A note if a reference has labels that nobody looked for: it may be that of another dataset, whose values mean
+    other labels."""
     scored = {value for key, values in task.labels.items() if key not in case.unannotated for value in values}
     found = [
         task.names[key]
@@ -106,9 +106,9 @@ def _unexpected(case: Case, task: Task, reference: np.ndarray) -> tuple[str, ...
     if not found:
         return ()
     return (
-        f"{case.reference} holds {', '.join(map(repr, found))}, but dataset.json says that nobody looked for it in "
-        "this case: is it from a dataset that was merged? Its values mean other labels there; labelsTs of the merged "
-        "dataset has the new ones",
+        f"the reference holds {', '.join(map(repr, found))}, not annotated here according to dataset.json, and so not "
+        "scored. If the references are those of a dataset that was merged, their values mean other labels: use "
+        "labelsTs or labelsTr of the merged dataset",
     )
 
 

@@ -51,7 +51,11 @@ class Evaluation:
 
     def remarks(self) -> list[str]:
         """Lines about what is no error but should be known."""
-        lines = [f"{case}: {note}" for case, notes in self.notes.items() for note in notes]
+        cases_of: dict[str, list[str]] = {}
+        for case, notes in self.notes.items():
+            for note in notes:
+                cases_of.setdefault(note, []).append(case)
+        lines = [f"{', '.join(cases)}: {note}" for note, cases in cases_of.items()]
         partly = self.report["not_annotated"]
         if partly:
             names = sorted({name for case in partly.values() for name in case})

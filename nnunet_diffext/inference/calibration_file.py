@@ -140,8 +140,8 @@ def describe_use(
         )
     if modality:
         lines.append(
-            f"NOTE: the temperature was fitted on validation cases of all modalities, without telling the network "
-            f"which one they have; it may not be the best one for {modality}."
+            f"NOTE: the temperature was fitted without telling the network the modality; for {modality}, given, "
+            "another one may be better."
         )
     if len(here["folds"]) > 1:
         lines.append(

@@ -76,5 +76,5 @@ def test_a_temperature_was_fitted_without_it() -> None:
     settings = {"folds": [0], "checkpoint": "checkpoint_final.pth"}
     content = {"temperature": 1.5, "settings": settings}
     told, untold = (describe_use(content, Path("model"), settings, modality) for modality in ("MR", None))
-    assert len(told) == 2 and "may not be the best one for MR" in told[1] and untold == told[:1]
+    assert len(told) == 2 and "for MR, given, another one may be better" in told[1] and untold == told[:1]
     assert describe_use(None, Path("model"), settings, "MR") == []

@@ -165,9 +165,9 @@ def test_without_phase_1(tokens: str, wanted: str) -> None:
 def test_only_phases_1_are_offered_instead() -> None:
     options = {"labels": LABELS, "diffext": TWO}
     finish(ready_trainer(base="nnUNetTrainer", **options))
-    assert "Or use one of" not in refused("No pretraining")
+    assert "Or use" not in refused("No pretraining")
     finish(ready_trainer("dim12", base=PRETRAIN, **options))
-    assert f"Or use one of the finished trainings {PRETRAIN}_dim12__nnUNetPlans__2d: export" in refused(
+    assert f"Or use a finished training, if it fits ({PRETRAIN}_dim12__nnUNetPlans__2d): export" in refused(
         "No pretraining"
     )
 
