@@ -49,7 +49,6 @@ ROWS = {
     "nnU-Net, merged, mask": Row("nnUNetTrainer_maskUnannotated"),
     "M4oE": Row(f"M4oETrainer_{SHORT}", ""),
     "M4oE, modality0": Row(f"M4oETrainer_{SHORT}_modality0", ""),
-    "M4oE, modality0p01": Row(f"M4oETrainer_{SHORT}_modality0p01", ""),
     "M4oE, noMAE": Row(f"M4oETrainer_{SHORT}_noMAE"),
     "M4oE, noMAE, noStem": Row(f"M4oETrainer_{SHORT}_noMAE_noStem"),
     "M4oE, asBackground": Row(f"M4oETrainer_{SHORT}_asBackground", ""),
@@ -204,7 +203,7 @@ class Benchmark:
         else:
             model, is_ours = self.merged(ROWS[name]), name.startswith("M4oE")
             self.test(name, model, MODALITIES, told=is_ours)
-            if name in ("M4oE", "M4oE, modality0p01"):
+            if name == "M4oE":
                 self.test(name + NOT_GIVEN, model, MODALITIES, told=False)
 
     def growth_row(self, name: str, trainer: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import nll_loss
 
 from nnunet_diffext.evaluation.expert_usage import ExpertUsage
-from nnunet_diffext.losses.balance import balance_loss, modality_loss
+from nnunet_diffext.losses.balance import balance_loss
 from nnunet_diffext.losses.segmentation import dice_ce_loss, merge_unannotated, without_unannotated
-from nnunet_diffext.networks.blocks.experts import TELLING
+from nnunet_diffext.networks.blocks.experts import WEIGHING
 from nnunet_diffext.networks.m4oe import M4oENet, M4oEOutput
 from nnunet_diffext.networks.m4oe_transfer import freeze_all_but, start_from_pretraining
 from nnunet_diffext.settings import PLANS_KEY
@@ -81,9 +83,9 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         if fresh:
             modalities = self.settings.modalities
             self.print_to_log_file("Modalities:", ", ".join(modalities), f"({self.module.experts} experts)")
-            if len(modalities) == 1 and self.settings.where != "none" and self.settings.gate in TELLING:
+            if len(modalities) == 1 and self.settings.where != "none" and self.settings.gate in WEIGHING:
                 self.print_to_log_file(ONE_MODALITY)
-            if len(modalities) > 1 and not self.settings.tells:
+            if len(modalities) > 1 and self.module.modality_gate is None:
                 self.print_to_log_file(NOTHING_TELLS)
 
     # ------------------------------------------------------------------ phase 1, or a model of add_modality
@@ -172,11 +174,12 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         return optimizer, self.scheduler_of(optimizer)
 
     def loss_weights(self) -> Mapping[str, float]:
-        """Of the losses on the gates."""
+        """Of the losses on the experts' gates, and of the gate that tells the modality."""
         return {"balance": self.settings.lambda_balance, "modality": self.settings.lambda_modality}
 
     def compute_losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``sup``: 0.4 CE + 0.6 Dice on the sample's own classes; ``balance`` and ``modality`` of the gates."""
+        """``sup``: 0.4 CE + 0.6 Dice on the sample's own classes; ``balance`` of the experts' gates; ``modality``: the
+        cross-entropy of the gate that tells it."""
         s, image, keys = self.settings, batch["data"], batch.get("keys")
         modality = self.modality_of(keys, len(image))
         out: M4oEOutput = self.network(image, modality=modality)
@@ -184,10 +187,10 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         gates = [*out.encoder_gates, *out.decoder_gates]
         if s.lambda_balance > 0 and gates:
             losses["balance"] = balance_loss(gates)
-        if s.lambda_modality > 0 and out.telling_gates and len(self.module.modalities) > 1:
-            losses["modality"] = modality_loss(out.telling_gates, modality, len(self.module.modalities))
-        if self.usage is not None and gates:
-            self.usage.add(out.encoder_gates, out.decoder_gates, modality, out.telling_gates)
+        if out.told is not None:
+            losses["modality"] = nll_loss(out.told, modality)
+        if self.usage is not None:
+            self.usage.add(out.encoder_gates, out.decoder_gates, modality, out.told)
         return losses
 
     def annotated_loss(self, logits: Tensor, target: Tensor, possible: Tensor) -> Tensor:
@@ -238,9 +241,12 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Also which experts were used, per layer and modality."""
         super().on_train_epoch_end(train_outputs)
-        if self.usage.empty or self.local_rank > 0:
+        if self.local_rank > 0:
             return
-        self._log("modality_told", self.usage.told)
+        if not math.isnan(self.usage.told):
+            self._log("modality_told", self.usage.told)
+        if self.usage.empty:
+            return
         for expert, line in self.usage.starved():
             if expert not in self._starved:
                 self.print_to_log_file(f"WARNING: {line}")

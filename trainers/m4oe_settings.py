@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunet_diffext.networks.blocks.experts import GATES, TELLING
+from nnunet_diffext.networks.blocks.experts import GATES, WEIGHING
 from nnunet_diffext.networks.m4oe import WHERE
 from nnunet_diffext.settings import SettingsError, setting
 from nnunet_diffext.trainers.multimodal import SwinSettings
@@ -60,7 +60,7 @@ class M4oESettings(SwinSettings):
     lambda_dice: float = setting(0.6, "weight of the Dice loss", number="dice#", minimum=0)
     lambda_balance: float = setting(0.0, "weight of the load balancing loss, per layer", number="balance#", minimum=0)
     lambda_modality: float = setting(
-        0.1, "weight of the loss that makes the encoder's gate tell the modality, with several of them",
+        1.0, "weight of the loss of the gate that tells the modality, with several of them; 0: there is no such gate",
         number="modality#", minimum=0,
     )  # fmt: skip
     mask_unannotated: bool = setting(
@@ -74,7 +74,7 @@ class M4oESettings(SwinSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top1 and self.gate not in TELLING:
+        if self.top1 and self.gate not in WEIGHING:
             raise SettingsError("'top1' needs a gate over experts: leave out 'noGN' or 'officialGate'.")
         if self.where == "none" and (self.experts is not None or self.lambda_balance > 0 or self.gate != "token"):
             raise SettingsError("'woMoE' has no experts: leave out 'experts#', 'balance#' and tokens for the gate.")
@@ -83,5 +83,5 @@ class M4oESettings(SwinSettings):
 
     @property
     def tells(self) -> bool:
-        """Whether the encoder has gates over experts, and they are taught to tell the modality."""
-        return self.gate in TELLING and self.where in ("both", "encoder") and self.lambda_modality > 0
+        """Whether the network has a gate that tells the modality, if there are several."""
+        return self.lambda_modality > 0

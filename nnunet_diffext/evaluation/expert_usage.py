@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nnunet_diffext.files import write_atomically
-from nnunet_diffext.networks.blocks.experts import Gate, pooled_gate
+from nnunet_diffext.networks.blocks.experts import Gate
 
 USAGE = "expert_usage"
 STARVED = 0.1
@@ -36,38 +36,38 @@ class ExpertUsage:
         self.layers: list[str] = []
         self._sums: Tensor | float = 0.0
         self._counts = torch.zeros(len(self.modalities))
-        self._told = 0
+        self._told: list[bool] = []
 
     @torch.no_grad()
     def add(
-        self, encoder: Sequence[Gate], decoder: Sequence[Gate], modality: Tensor, telling: Sequence[Gate] | None = None
+        self, encoder: Sequence[Gate], decoder: Sequence[Gate], modality: Tensor, told: Tensor | None = None
     ) -> None:
         """Count a batch.
 
         Args:
-            encoder, decoder: gates of their layers.
+            encoder, decoder: gates of their layers, if they have any.
             modality: ``(B,)``.
-            telling: gates that the modality is told from; default: those of the encoder.
+            told: ``(B, modalities)``, what the modality gate says.
         """
+        if told is not None:
+            self._told += (told.argmax(1) == modality).tolist()
+        if not (encoder or decoder):
+            return
         self.layers = [f"encoder {i}" for i in range(len(encoder))] + [f"decoder {i}" for i in range(len(decoder))]
         load = torch.stack([gate.load for gate in (*encoder, *decoder)], dim=1).float().cpu()  # (B, layers, M)
         own = torch.nn.functional.one_hot(modality.cpu(), len(self.modalities)).float()
         self._sums = self._sums + torch.einsum("bn,blm->nlm", own, load)
         self._counts += own.sum(0)
-        if encoder:
-            telling = encoder if telling is None else telling
-            self._told += int((pooled_gate(telling, len(self.modalities)).argmax(1) == modality).sum())
 
     @property
     def empty(self) -> bool:
-        """Nothing was added."""
+        """No gate was added."""
         return not self.layers
 
     @property
     def told(self) -> float:
-        """Share of the samples whose modality the encoder's gates tell; NaN if it has none."""
-        gates = any(layer.startswith("encoder") for layer in self.layers)
-        return self._told / float(self._counts.sum()) if gates else float("nan")
+        """Share of the samples whose modality was told; NaN if nothing tells it."""
+        return sum(self._told) / len(self._told) if self._told else math.nan
 
     def mean(self) -> Tensor:
         """``(modalities, layers, M)``, NaN for modalities without samples."""

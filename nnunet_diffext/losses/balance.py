@@ -1,4 +1,4 @@
-"""Losses on the gates of a mixture of experts (M4oE)."""
+"""Loss on the gates of a mixture of experts (M4oE)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
 
-from nnunet_diffext.networks.blocks.experts import Gate, pooled_gate
+from nnunet_diffext.networks.blocks.experts import Gate
 
 
 def balance_loss(gates: Sequence[Gate]) -> Tensor:
@@ -29,22 +28,5 @@ def balance_loss(gates: Sequence[Gate]) -> Tensor:
     """
     if not gates:
         raise ValueError("No layer has a gate over experts that could be balanced.")
-    layers = [gate.load.mean(0) @ gate.log_mean.exp().mean(0) for gate in gates]
+    layers = [gate.load.mean(0) @ gate.mean.mean(0) for gate in gates]
     return gates[0].load.shape[1] * torch.stack(layers).mean()
-
-
-def modality_loss(gates: Sequence[Gate], modality: Tensor, modalities: int | None = None) -> Tensor:
-    """Cross-entropy of the pooled gate against the modality: ``-log P(m | x)``, mean over samples.
-
-    In the log domain all along: the gradient is finite where the probability is too small for a float. Experts that are
-    not active do not count; a modality must be active to be learnt.
-
-    Args:
-        gates: of the encoder's layers.
-        modality: ``(B,)``.
-        modalities: the first so many experts are those of modalities; default all.
-    Raises:
-        ValueError: no gate.
-    """
-    modalities = modalities or (gates[0].log_mean.shape[1] if gates else 0)
-    return nll_loss(pooled_gate(gates, modalities), modality)

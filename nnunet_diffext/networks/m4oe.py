@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nnunet_diffext.diffusion import LabelSpace
 from nnunet_diffext.networks.architecture import Architecture
 from nnunet_diffext.networks.blocks.dynamic_head import DynamicHead
-from nnunet_diffext.networks.blocks.experts import MLP, TELLING, Gate, ModalityExperts, Routing, pooled_gate
+from nnunet_diffext.networks.blocks.experts import MLP, Gate, ModalityExperts, Routing
+from nnunet_diffext.networks.blocks.modality_gate import ModalityGate
 from nnunet_diffext.networks.swin_unet import FFN, MLP_RATIO, SwinDecoder, SwinEncoder, SwinPlan
 
 WHERE = ("both", "encoder", "decoder", "none")
@@ -25,21 +26,21 @@ class M4oEOutput(NamedTuple):
     Attributes:
         logits: ``(B, K, *patch)``, every sample's from the head of its own modality.
         encoder_gates, decoder_gates: one per layer, none where there is no gate over experts.
-        telling_gates: those of the encoder that the modality is told from, see :meth:`M4oENet.modality_probabilities`.
+        told: ``(B, modalities)``, ``log P(m | x)`` of the modality gate; none if there is no such gate.
     """
 
     logits: Tensor
     encoder_gates: list[Gate]
     decoder_gates: list[Gate]
-    telling_gates: list[Gate]
+    told: Tensor | None
 
 
 class M4oENet(nn.Module):
     """Swin U-Net with experts (eq. 1-3) and a head per modality. Expert m is that of modality m; further ones are free.
 
     In training the modality of every sample is given. For prediction it may be set as the attribute ``modality`` (an
-    index); otherwise it is the one that the gates of the encoder tell, if ``tells``. If they do not, every label is
-    asked of all modalities that have it.
+    index); otherwise it is the one that a :class:`ModalityGate` tells, if ``tells``. If not, every label is asked of
+    all modalities that have it.
 
     Which experts a sample may use is in the buffers ``active`` ``(M,)`` and ``since`` ``(M,)``: only active ones, and a
     sample of known modality m only those that did not come after its own (``since[e] <= since[m]``). What is predicted
@@ -55,7 +56,7 @@ class M4oENet(nn.Module):
         where: experts in the ``"encoder"``, the ``"decoder"``, ``"both"`` or ``"none"``, where they are plain MLPs
             (Table 4).
         gate, top1: see :class:`ModalityExperts`. Without a gate, a known modality has its own expert in any case.
-        tells: the encoder's gates are taught to tell the modality.
+        tells: there is a gate that learns to tell the modality, if there are several.
         shared_head: see :class:`DynamicHead`.
         embed_stride, stages, embed_dim, depth, window, drop_path, stem: see :meth:`SwinPlan.of`.
     Raises:
@@ -93,7 +94,6 @@ class M4oENet(nn.Module):
         if where not in WHERE:
             raise ValueError(f"Experts '{where}' are unknown; choose one of {', '.join(WHERE)}.")
         self.experts = _number_of_experts(experts, len(self.modalities), "none" if where == "none" else gate)
-        self.tells = tells and gate in TELLING and where in ("both", "encoder")
 
         def ffn(part: str) -> FFN:
             if where not in ("both", part):
@@ -109,8 +109,10 @@ class M4oENet(nn.Module):
         self.head = DynamicHead(plan.final_width, label_space, list(modalities.values()), shared=shared_head)
         self.register_buffer("active", torch.ones(self.experts, dtype=torch.bool))
         self.register_buffer("since", torch.zeros(self.experts, dtype=torch.long))
-        self.grown = False
-        self.register_load_state_dict_post_hook(_see_growth)
+        self.modality_gate: ModalityGate | None = None
+        if tells and len(self.modalities) > 1:
+            with torch.random.fork_rng(devices=[]):  # with and without it, all else is drawn alike
+                self.modality_gate = ModalityGate(architecture.conv_op, image_channels, len(self.modalities))
 
     def forward(self, image: Tensor, *, modality: Tensor | None = None) -> Tensor | M4oEOutput:
         """Logits ``(B, K, *patch)`` in eval mode, in training mode what the losses need.
@@ -125,32 +127,22 @@ class M4oENet(nn.Module):
             if modality is None:
                 raise ValueError("M4oE needs to know the modality of every sample that it learns from.")
             tokens, encoder_gates, decoder_gates = self._run(image, modality)
-            telling_gates = self._first_look(image) if self.grown and self.tells else encoder_gates
-            return M4oEOutput(self.head(tokens, modality), encoder_gates, decoder_gates, telling_gates)
+            return M4oEOutput(self.head(tokens, modality), encoder_gates, decoder_gates, self.tell(image))
         if modality is None and self.modality is not None:
             modality = torch.full((len(image),), self.modality, device=image.device)
         if modality is not None:
             return self.head.log_probabilities(self._run(image, modality)[0], modality)
-        if not self.tells:
+        told = self.tell(image)
+        if told is None:
             return self.head.union(self._run(image, None)[0], self.active[: len(self.modalities)])
-        if self.grown:
-            guess = self.modality_probabilities(image).argmax(1)
-            return self.head.guessed(self._run(image, guess)[0], guess)
-        tokens, gates, _ = self._run(image, None)
-        return self.head.guessed(tokens, pooled_gate(gates, len(self.modalities)).argmax(1))
+        guess = told.argmax(1)
+        return self.head.guessed(self._run(image, guess)[0], guess)
 
-    @torch.no_grad()
-    def modality_probabilities(self, image: Tensor) -> Tensor:
-        """``P(m | x)`` ``(B, modalities)`` of images ``(B, C, *patch)``, as the encoder's gates see it; equal ones if
-        they do not tell.
-
-        The tokens are those of the experts that were there first: what came later would blur what old modalities show.
-        """
-        n = len(self.modalities)
-        if not self.tells:
-            active = self.active[:n].float()
-            return (active / active.sum()).expand(len(image), -1)
-        return pooled_gate(self._first_look(image), n).exp()
+    def tell(self, image: Tensor) -> Tensor | None:
+        """``log P(m | x)`` ``(B, modalities)`` of images ``(B, C, *patch)``; none if nothing tells it."""
+        if self.modality_gate is None:
+            return None
+        return self.modality_gate(image, self.active[: len(self.modalities)])
 
     def activate(self, modality: str) -> None:
         """Let the expert of a modality be used."""
@@ -164,23 +156,11 @@ class M4oENet(nn.Module):
         below = routing._replace(gates=[])
         return self.decoder(features, fine, below), routing.gates, below.gates
 
-    def _first_look(self, image: Tensor) -> list[Gate]:
-        """The encoder's gates where only experts are used that no :func:`extend_weights` has added."""
-        first = (self.active & (self.since == 0)).expand(len(image), -1)
-        routing = Routing(first, self.active, None, [])
-        self.encoder(self.encoder.embed(image)[0], routing)
-        return routing.gates
-
     def _routing(self, batch: int, modality: Tensor | None) -> Routing:
         allowed = self.active.expand(batch, -1)
         if modality is not None:
             allowed = allowed & (self.since <= self.since[modality].unsqueeze(1))
-        return Routing(allowed, self.active, modality, [])
-
-
-def _see_growth(net: M4oENet, _: object) -> None:
-    """Whether experts came later than others."""
-    net.grown = bool(net.since.any())
+        return Routing(allowed, modality, [])
 
 
 def _number_of_experts(experts: int | None, modalities: int, gate: str) -> int:
@@ -197,7 +177,7 @@ def _number_of_experts(experts: int | None, modalities: int, gate: str) -> int:
 def extend_weights(weights: Mapping[str, Tensor], old: M4oENet, new: M4oENet) -> dict[str, Tensor]:
     """The weights of a network, for one that knows one modality more.
 
-    The new expert starts as the mean of the others with a gate of zero and is not active yet. Whatever the old
+    The new expert starts as the mean of the others with gates of zero and is not active yet. Whatever the old
     modalities do not share with it stays as it is: their predictions do not change.
 
     Args:
@@ -222,15 +202,18 @@ def extend_weights(weights: Mapping[str, Tensor], old: M4oENet, new: M4oENet) ->
         if isinstance(module, ModalityExperts):
             for key in (f"{name}.{k}" for k in module.stacked):
                 extended[key] = insert(weights[key], weights[key].mean(0))
-            for key in (f"{name}.gate.{k}" for k in ("weight", "bias") if module.tells):
+            for key in (f"{name}.gate.{k}" for k in ("weight", "bias") if module.weighs):
                 extended[key] = insert(weights[key], torch.zeros_like(weights[key][0]))
+    if old.modality_gate is not None:
+        for key in (f"modality_gate.rows.{k}" for k in ("weight", "bias")):
+            extended[key] = insert(weights[key], torch.zeros_like(weights[key][0]))
     extended["active"] = insert(weights["active"], torch.tensor(False))
     extended["since"] = insert(weights["since"], weights["since"].max() + 1)
     fresh = new.state_dict()
-    for key in (k for k in fresh if k.startswith("head.seg_layers.")):
+    for key in (k for k in fresh if k.startswith(("head.seg_layers.", "modality_gate."))):
         if key not in weights:
             extended[key] = fresh[key].clone()
-        elif new.head.shared:  # labels that are new
+        elif new.head.shared and key.startswith("head."):  # labels that are new
             extended[key] = torch.cat([weights[key], fresh[key][len(weights[key]) :].to(weights[key])])
     shapes, wanted = ({k: v.shape for k, v in tensors.items()} for tensors in (extended, fresh))
     wrong = [k for k in {**shapes, **wanted} if shapes.get(k) != wanted.get(k)]

@@ -51,6 +51,7 @@ def freeze_all_but(net: M4oENet, modality: int) -> None:
     """Train nothing but one modality's expert in every block, its row of every gate, and its head (of a shared one, the
     labels that no other modality has).
     """
+    rows = []
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     # what the old modalities are predicted with stays, and the new one is trained with what predicts it; a hook of the
@@ -62,10 +63,11 @@ def freeze_all_but(net: M4oENet, modality: int) -> None:
     for module in net.modules():
         if not isinstance(module, ModalityExperts):
             continue
-        stacked = [getattr(module, name) for name in module.stacked]
-        stacked += [module.gate.weight, module.gate.bias] if module.tells else []
-        for parameter in stacked:
-            parameter.requires_grad_(True).register_hook(_OnlyRows([modality]))
+        rows += [getattr(module, name) for name in module.stacked]
+        rows += [module.gate.weight, module.gate.bias] if module.weighs else []
+    rows += net.modality_gate.rows.parameters() if net.modality_gate is not None else []
+    for parameter in rows:
+        parameter.requires_grad_(True).register_hook(_OnlyRows([modality]))
 
 
 def _use_running_statistics(net: nn.Module, _: object) -> None:

@@ -11,9 +11,9 @@ import torch
 from tiny import Kind, make_architecture
 from tiny_swin import CT_AND_MR, PLANS, images, make_net
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.functional import nll_loss
 
 from nnunet_diffext.diffusion import LabelSpace
-from nnunet_diffext.losses.balance import modality_loss
 from nnunet_diffext.networks.blocks.experts import GATES
 from nnunet_diffext.networks.m4oe import M4oENet
 from nnunet_diffext.networks.swin_unet import SwinPlan
@@ -34,10 +34,11 @@ def test_every_plan(kind: str, regions: bool, stem: bool) -> None:
     assert out.logits.shape == (3, heads, *x.shape[2:]) and out.logits.isfinite().all()
     assert len(out.encoder_gates) == 2 * len(net.encoder.levels)
     assert len(out.decoder_gates) == 2 * len(net.decoder.levels)
-    loss = out.logits.clamp_min(-50).logsumexp(1).sum() + modality_loss(out.encoder_gates, MODALITY, 2)
+    loss = out.logits.clamp_min(-50).logsumexp(1).sum() + nll_loss(out.told, MODALITY)
     loss.backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
+        assert not name.startswith("modality_gate.rows.") or p.grad.abs().max() > 0, name
 
 
 def swin_unet(modalities: int = 1, **options: Any) -> float:
@@ -154,21 +155,21 @@ def test_known_modality() -> None:
 
 
 def sure_of(net: M4oENet, m: int) -> None:
-    """Let every token of the encoder prefer expert ``m``, just so."""
+    """Let the modality gate prefer ``m``, just so."""
     with torch.no_grad():
-        for name, p in net.encoder.named_parameters():
-            if ".gate." in name:
-                p.zero_()
-            if name.endswith("gate.bias"):
-                p[m] = 0.1
+        net.modality_gate.rows.weight.zero_()
+        net.modality_gate.rows.bias.zero_()[m] = 0.1
 
 
-def test_unknown_modality_is_what_the_gates_tell() -> None:
-    """However unsure they are: a label that one modality has must not be voted down by the background of others."""
-    net, x = make_net(), images()
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": "none"}, {"gate": "channel"}, {"where": "decoder"}, {"where": "none"}]
+)
+def test_unknown_modality_is_what_the_gate_tells(options: dict[str, Any]) -> None:
+    """However unsure it is: a label that one modality has must not be voted down by the background of others."""
+    net, x = make_net(**options), images()
     for m in range(2):
         sure_of(net, m)
-        assert 0.5 < net.modality_probabilities(x)[:, m].min() < 0.6
+        assert 0.5 < net.tell(x).exp()[:, m].min() < 0.6
         net.modality = None
         unknown = net(x)
         net.modality = m
@@ -186,10 +187,10 @@ def certain_of(net: M4oENet, m: int, label: int) -> None:
         net.head.seg_layers[m].bias[net.head.classes[m].index(label)] = 20.0
 
 
-def test_without_gates_every_label_is_asked_of_those_who_have_it() -> None:
+def test_untold_every_label_is_asked_of_those_who_have_it() -> None:
     """Not of the others, whose background is no evidence against it."""
     both = {"CT": (True, True, True), "MR": (True, False, True)}
-    net, x = make_net(modalities=both, where="none"), images()
+    net, x = make_net(modalities=both, where="none", tells=False), images()
     certain_of(net, 0, 1)
     certain_of(net, 1, 0)
     assert net(x).softmax(1)[:, 1].min() > 0.999
@@ -203,17 +204,15 @@ def test_without_gates_every_label_is_asked_of_those_who_have_it() -> None:
 
 def test_where_nothing_tells_the_modality() -> None:
     x = images()
-    for options in ({"gate": "none"}, {"gate": "channel"}, {"where": "decoder"}, {"where": "none"}):
-        net = make_net(**options)
-        assert torch.equal(net.modality_probabilities(x), torch.full((3, 2), 0.5)), options
-        assert net.train()(x, modality=MODALITY).encoder_gates == []
     untaught = make_net(tells=False)
-    assert torch.equal(untaught.modality_probabilities(x), torch.full((3, 2), 0.5))
+    assert untaught.tell(x) is None
     tokens, gates, _ = untaught._run(x, None)
     assert gates and torch.equal(untaught(x), untaught.head.union(tokens, untaught.active))
+    untaught.train()
+    assert untaught(x, modality=MODALITY).told is None
     single = make_net(modalities={"MR": (True, True)})
     assert make_net(modalities={"MR": (True, True)}, where="none").experts == 1
-    assert single.experts == 3 and torch.equal(single.modality_probabilities(x), torch.ones(3, 1))
+    assert single.experts == 3 and single.tell(x) is None, "there is nothing to tell"
     single.eval().modality = 0
     known = single(x)
     single.modality = None
@@ -233,7 +232,8 @@ def test_order_of_the_samples_does_not_matter(gate: str, top1: bool) -> None:
     shuffled = net(x[order], modality=MODALITY[order])
     torch.testing.assert_close(shuffled.logits, mixed.logits[order], atol=1e-4, rtol=1e-4)
     for a, b in zip(shuffled.encoder_gates, mixed.encoder_gates, strict=True):
-        torch.testing.assert_close(a.log_mean, b.log_mean[order])
+        torch.testing.assert_close(a.mean, b.mean[order])
+    torch.testing.assert_close(shuffled.told, mixed.told[order])
 
 
 def test_hard_routing_trains_but_the_experts_that_are_shown() -> None:

@@ -77,5 +77,5 @@ def rows(network: nn.Module) -> set[str]:
     for name, module in network.named_modules():
         if isinstance(module, ModalityExperts):
             found |= {f"{name}.{key}" for key in module.stacked}
-            found |= {f"{name}.gate.weight", f"{name}.gate.bias"} if module.tells else set()
+            found |= {f"{name}.gate.weight", f"{name}.gate.bias"} if module.weighs else set()
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -15,10 +14,10 @@ from nnunet_diffext.diffusion.schedules import autocast_off
 from nnunet_diffext.networks.blocks.linear import STD, linear
 
 GATES = ("token", "sample", "channel", "none")
-TELLING = ("token", "sample")
+WEIGHING = ("token", "sample")
 """Gates with probabilities of the experts."""
 
-_NEVER = -1e9
+NEVER = -1e9
 """Logit of an expert that must not be used: its probability is exactly 0, and sums of logits stay finite."""
 
 
@@ -26,13 +25,12 @@ class Gate(NamedTuple):
     """What one layer's gate did with a batch.
 
     Attributes:
-        log_mean: ``(B, M)``, float32, log of the mean probability over tokens, among all experts that are active: also
-            those that a sample may not use yet, so that the gate can learn to tell them.
+        mean: ``(B, M)``, float32, mean probability over tokens.
         load: ``(B, M)``, share of every expert in what was used, without gradient: mean weight, or with top-1 routing
             the share of tokens.
     """
 
-    log_mean: Tensor
+    mean: Tensor
     load: Tensor
 
 
@@ -41,22 +39,19 @@ class Routing(NamedTuple):
 
     Attributes:
         allowed: bool ``(B, M)``.
-        active: bool ``(M,)``, see :class:`Gate`.
         modality: ``(B,)``, the expert of every sample under hard routing, if it is known.
         gates: every layer with a gate appends what it did.
     """
 
     allowed: Tensor
-    active: Tensor
     modality: Tensor | None
     gates: list[Gate]
 
     @classmethod
     def free(cls, batch: int, experts: int, modality: Tensor | None = None) -> Routing:
-        """All experts are active and allowed."""
+        """All experts are allowed."""
         device = None if modality is None else modality.device
-        active = torch.ones(experts, dtype=torch.bool, device=device)
-        return cls(active.expand(batch, -1), active, modality, [])
+        return cls(torch.ones(batch, experts, dtype=torch.bool, device=device), modality, [])
 
 
 class MLP(nn.Module):
@@ -107,7 +102,7 @@ class ModalityExperts(nn.Module):
         super().__init__()
         if gate not in GATES:
             raise ValueError(f"Unknown gate '{gate}'; choose one of {', '.join(GATES)}.")
-        if top1 and gate not in TELLING:
+        if top1 and gate not in WEIGHING:
             raise ValueError(f"top1 needs probabilities of the experts, which the gate '{gate}' does not have.")
         self.experts, self.kind, self.top1 = experts, gate, top1
         self.weight_in = nn.Parameter(torch.empty(experts, dim, hidden))
@@ -117,7 +112,7 @@ class ModalityExperts(nn.Module):
         self.bias_in = nn.Parameter(torch.zeros(experts, hidden))
         self.bias_out = nn.Parameter(torch.zeros(experts, dim))
         self.gate: nn.Linear | None = None
-        if self.tells:
+        if self.weighs:
             self.gate = nn.Linear(dim, experts)
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
@@ -127,14 +122,14 @@ class ModalityExperts(nn.Module):
             nn.init.zeros_(self.gate.bias)
 
     @property
-    def tells(self) -> bool:
+    def weighs(self) -> bool:
         """Whether the gate gives probabilities of the experts."""
-        return self.kind in TELLING
+        return self.kind in WEIGHING
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """``(B, *grid, C)`` -> ``(B, *grid, C)``; appends to ``routing.gates``."""
         tokens = x.flatten(1, -2)
-        if self.tells:
+        if self.weighs:
             out = self._gated(tokens, routing)
         elif self.kind == "none" and routing.modality is not None:
             out = self._one_per_sample(tokens, routing.modality)
@@ -154,16 +149,15 @@ class ModalityExperts(nn.Module):
             seen = tokens.float() if self.kind == "token" else tokens.float().mean(1, keepdim=True)
             # one product per expert: with one for all, the number of experts decides how each is rounded
             logits = [seen @ weight + bias for weight, bias in zip(self.gate.weight, self.gate.bias, strict=True)]
-            used = log_softmax(_masked(logits, routing.allowed))
-            told = log_softmax(_masked(logits, routing.active.expand_as(routing.allowed)))
-            weights = load = [log.exp() for log in used]
+            allowed = routing.allowed.unsqueeze(1).unbind(2)
+            masked = [logit.masked_fill(~may, NEVER) for logit, may in zip(logits, allowed, strict=True)]
+            weights = load = probabilities = [log.exp() for log in log_softmax(masked)]
             if self.top1:
                 probability, choice = torch.stack(weights).max(0)
                 load = [(choice == m).float() for m in range(self.experts)]
                 weights = [w * chosen for w, chosen in zip(weights, load, strict=True)]
-            # of a mean over many tokens that are all sure: finite where the probability itself is not
-            log_mean = torch.stack([log.logsumexp(1) - math.log(log.shape[1]) for log in told], dim=1)
-            routing.gates.append(Gate(log_mean, torch.stack([part.detach().mean(1) for part in load], dim=1)))
+            mean, used = (torch.stack([p.mean(1) for p in parts], dim=1) for parts in (probabilities, load))
+            routing.gates.append(Gate(mean, used.detach()))
         if not self.top1:
             return self._all(tokens, weights)
         if self.kind == "sample":
@@ -195,11 +189,6 @@ class ModalityExperts(nn.Module):
         return out
 
 
-def _masked(logits: Sequence[Tensor], allowed: Tensor) -> list[Tensor]:
-    """Logits ``(B, T)`` of every expert, those of experts that are not ``allowed`` ``(B, M)`` out of reach."""
-    return [logit.masked_fill(~may.unsqueeze(1), _NEVER) for logit, may in zip(logits, allowed.unbind(1), strict=True)]
-
-
 def log_softmax(logits: Sequence[Tensor]) -> list[Tensor]:
     """Log-probabilities of alternatives, of any shape each.
 
@@ -208,18 +197,3 @@ def log_softmax(logits: Sequence[Tensor]) -> list[Tensor]:
     top = reduce(torch.maximum, logits).detach()
     total = reduce(torch.add, [(logit - top).exp() for logit in logits])
     return [logit - top - total.log() for logit in logits]
-
-
-def pooled_gate(gates: Sequence[Gate], modalities: int) -> Tensor:
-    """``log P(m | x)`` ``(B, modalities)``: mean over layers and tokens, of the first experts, normalised.
-
-    Args:
-        gates: of every layer.
-        modalities: so many.
-    Raises:
-        ValueError: no gate.
-    """
-    if not gates:
-        raise ValueError("No layer has a gate over experts, so that nothing tells the modality of a sample.")
-    layers = [torch.stack([gate.log_mean[:, m] for gate in gates]).logsumexp(0) for m in range(modalities)]
-    return torch.stack(log_softmax(layers), dim=1)
