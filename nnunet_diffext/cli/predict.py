@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--modality", metavar="NAME",
-        help="modality of all images, for an M4oETrainer model; without it, the model's gates tell",
+        help="modality of all images, for an M4oETrainer model; without it, the model tells it",
     )  # fmt: skip
     parser.add_argument("--no_temperature", action="store_true", help="ignore the model's calibration.json")
 

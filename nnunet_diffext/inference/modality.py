@@ -10,7 +10,7 @@ TRAINER = "M4oETrainer"
 
 
 def set_modality(nnunet: Any, name: str) -> None:
-    """Predict with the experts and the head of one modality, instead of those that the gates tell.
+    """Predict with the experts and the head of one modality, instead of those that the network tells.
 
     Args:
         nnunet: nnU-Net's predictor, with its model loaded.

@@ -16,7 +16,7 @@ def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
     """Give the encoder of a network the weights of phase 1; returns what was loaded, and what was not.
 
     Args:
-        net: its gates, decoder and head stay as they were made.
+        net: its gates, and all but its encoder, stay as they were made.
         weights: state dict of an :class:`~nnunet_diffext.networks.masked_autoencoder.M4oEAutoencoder`.
     Raises:
         ValueError: the encoders differ.
@@ -43,7 +43,7 @@ def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
     rest = len(net.state_dict()) - len(own)
     return (
         f"Loaded {len(given)} of {len(own)} tensors of the encoder, {len(experts)} of them of experts{copied}. "
-        f"Not in the pre-training, and new: {gates} tensors of the encoder's gates, {rest} of decoder and head."
+        f"Not in the pre-training, and new: {gates} tensors of the encoder's gates, {rest} outside of the encoder."
     )
 
 

@@ -18,7 +18,7 @@ from nnunet_diffext.networks.blocks.experts import Gate
 def gate(*weights: tuple[float, ...]) -> Gate:
     """A layer that gave every sample these weights."""
     load = torch.tensor(weights)
-    return Gate(load.clamp_min(1e-9).log(), load)
+    return Gate(load, load)
 
 
 def modality(*indices: int) -> Tensor:
@@ -46,18 +46,20 @@ def test_means_by_hand(tmp_path: Path) -> None:
     assert mr == [[0.4, 0.6], [0.0, 1.0]]
 
 
-def test_modality_that_the_encoder_tells() -> None:
-    """The third of four samples is taken for CT; the decoder has no say."""
+def test_modality_that_was_told() -> None:
+    """The third of four samples is taken for CT; also where there are no gates over experts."""
     usage = ExpertUsage(("CT", "MR"), 3)
-    encoder = [gate((0.6, 0.3, 0.1), (0.2, 0.5, 0.3)), gate((0.4, 0.5, 0.1), (0.3, 0.4, 0.3))]
-    usage.add(encoder, [gate((0.0, 1.0, 0.0), (1.0, 0.0, 0.0))], modality(0, 1))
+    usage.add([gate((0.1, 0.8, 0.1), (0.8, 0.1, 0.1))], [], modality(0, 1), torch.tensor([[-0.1, -3], [-4, -0.1]]))
     assert usage.told == 1
-    usage.add([gate((0.4, 0.2, 0.4), (0.3, 0.1, 0.6))] * 2, [gate((0, 0, 1.0), (0, 0, 1.0))], modality(1, 0))
+    usage.add([], [], modality(1, 0), torch.tensor([[-0.1, -3], [-0.1, -3]]))
     assert usage.told == 0.75
+    empty = ExpertUsage(("CT", "MR"), 3)
+    empty.add([], [], modality(1, 0), torch.tensor([[-0.1, -3], [-0.1, -3]]))
+    assert empty.empty and empty.told == 0.5
 
 
-def test_without_gates_in_the_encoder(tmp_path: Path) -> None:
-    """Nothing tells the modality, which is no number."""
+def test_where_nothing_tells_the_modality(tmp_path: Path) -> None:
+    """Which is no number."""
     usage = ExpertUsage(("CT", "MR"), 2)
     usage.add([], [gate((0.5, 0.5))], modality(0))
     content = written(usage, tmp_path)
@@ -118,5 +120,5 @@ def test_picture(tmp_path: Path) -> None:
 def test_gradients_and_half_precision_are_let_go() -> None:
     usage = ExpertUsage(("CT",), 2)
     layer = gate((0.5, 0.5))
-    usage.add([Gate(layer.log_mean.requires_grad_(), layer.load.half())], [], modality(0))
+    usage.add([Gate(layer.mean.requires_grad_(), layer.load.half())], [], modality(0))
     assert usage.mean().dtype == torch.float32 and not usage.mean().requires_grad

@@ -73,7 +73,7 @@ def predict(network: nn.Module, modality: int, image: Tensor) -> Tensor:
 
 def rows(network: nn.Module) -> set[str]:
     """Parameters whose first axis is the expert."""
-    found = set()
+    found = {name for name, _ in network.named_parameters() if name.startswith("modality_gate.rows.")}
     for name, module in network.named_modules():
         if isinstance(module, ModalityExperts):
             found |= {f"{name}.{key}" for key in module.stacked}

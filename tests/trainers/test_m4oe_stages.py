@@ -77,7 +77,7 @@ def test_what_was_loaded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Pretraining: {folder}, fold 0." in said
     assert (
         f"Loaded {encoder - gates} of {encoder} tensors of the encoder, {experts} of them of experts. Not in the "
-        f"pre-training, and new: {gates} tensors of the encoder's gates, {all_of_it - encoder} of decoder and head."
+        f"pre-training, and new: {gates} tensors of the encoder's gates, {all_of_it - encoder} outside of the encoder."
     ) in said
 
 
