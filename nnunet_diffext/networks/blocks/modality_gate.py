@@ -9,12 +9,14 @@ from torch.nn.functional import leaky_relu
 from nnunet_diffext.diffusion.schedules import autocast_off
 from nnunet_diffext.networks.blocks.experts import NEVER, log_softmax
 
-WIDTHS = (8, 16, 32)
+WIDTHS = (16, 32, 64)
+EPSILON = 1e-6
+"""Added to variances: the gradient of a deviation of 0 is infinite."""
 
 
 class ModalityGate(nn.Module):
-    """``log P(m | x)``: convolutions without normalisation, which would hide intensities; mean and maximum over the
-    voxels; a linear map for every modality, which starts at zero.
+    """``log P(m | x)``: convolutions without normalisation, which would hide intensities; mean, maximum and standard
+    deviation over the voxels; a linear map for every modality, which starts at zero.
 
     It learns beside the network, not in it. Gates over experts can be made to tell the modality, too, but cost the
     segmentation several points of Dice then (benchmarks/RESULTS.md).
@@ -29,7 +31,7 @@ class ModalityGate(nn.Module):
         super().__init__()
         sizes = zip((image_channels, *WIDTHS), WIDTHS, strict=False)
         self.convolutions = nn.ModuleList(conv_op(c, out, 3, stride=2, padding=1) for c, out in sizes)
-        self.rows = nn.Linear(2 * WIDTHS[-1], modalities)
+        self.rows = nn.Linear(3 * WIDTHS[-1], modalities)
         nn.init.zeros_(self.rows.weight)
         nn.init.zeros_(self.rows.bias)
 
@@ -44,7 +46,9 @@ class ModalityGate(nn.Module):
             x = image.float()
             for convolution in self.convolutions:
                 x = leaky_relu(convolution(x), 0.01)
-            seen = torch.cat([x.flatten(2).mean(2), x.flatten(2).amax(2)], dim=1)
+            x = x.flatten(2)
+            deviation = (x.var(2, correction=0) + EPSILON).sqrt()
+            seen = torch.cat([x.mean(2), x.amax(2), deviation], dim=1)
             # one product per modality: with one for all, their number decides how each is rounded
             rows = zip(self.rows.weight, self.rows.bias, active, strict=True)
             logits = [(seen @ weight + bias).masked_fill(~may, NEVER) for weight, bias, may in rows]
