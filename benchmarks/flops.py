@@ -41,7 +41,7 @@ M4OE: dict[str, tuple[int, dict[str, Any]]] = {  # modalities, options
     "3 experts": (3, {}),
     "3 experts, gate of the authors' code": (3, {"gate": "channel"}),
     "4 experts": (4, {}),
-    "3 experts, convolutions at full resolution (the default)": (3, {"stem": True}),
+    "3 experts, convolutions at full resolution (the default)": (3, {"stem": True, "tells": True}),
 }
 
 
@@ -101,7 +101,9 @@ def count_m4oe(modalities: int, options: dict[str, Any]) -> dict[str, float]:
     names = {str(m): (True,) * 9 for m in range(modalities)}
     with torch.device("meta"):
         architecture = plain_unet(2, (32, 64, 128, 256, 512, 512))
-        net = M4oENet(architecture, (224, 224), 3, LabelSpace(9), names, **{"stem": False, **options}).eval()
+        net = M4oENet(
+            architecture, (224, 224), 3, LabelSpace(9), names, **{"stem": False, "tells": False, **options}
+        ).eval()
         image = torch.empty(1, 3, 224, 224)
     operations = giga_operations(lambda: net(image))
     return {"million_parameters": sum(p.numel() for p in net.parameters()) / 1e6, "giga_operations": operations}

@@ -41,7 +41,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert export == ["export", f"nnUNet_diffext_pretraining={tmp_path / 'larger model'}"]
     name = "M4oETrainer_dim8_window3_droppath0_freezeOld"
     assert train == ["nnUNetv2_train", "998", "2d", "0", "-tr", name, "-p", "nnUNetPlans"]
-    assert "modality US added, labels c; 0.03 M parameters became 0.03 M." in printed
+    assert "modality US added, labels c; 0.04 M parameters became 0.05 M." in printed
     assert {
         folder / f.relative_to(copy): f.read_bytes() for f in copy.rglob("*") if f.suffix in (".json", ".pth")
     } == before
