@@ -1,10 +1,16 @@
-"""The modality of the images that a trained M4oE model predicts, where the user knows it."""
+"""The modality of the images that a trained M4oE model predicts: the user's, or what the network tells of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nnunet_diffext.inference.model_folder import network_of
+from nnunet_diffext.inference.sliding import padded, tile_positions
 
 TRAINER = "M4oETrainer"
 
@@ -35,3 +41,38 @@ def set_modality(nnunet: Any, name: str) -> None:
             "model that this makes; otherwise there was no training case of that modality."
         )
     network.modality = index
+
+
+@contextmanager
+def modality_of_image(nnunet: Any, image: Tensor) -> Iterator[None]:
+    """Let all tiles of an image have one modality: that with the highest mean of ``log P(m | tile)``. A tile with next
+    to nothing in it is easily mistaken. Networks that are given the modality, or tell none, are left alone.
+
+    Args:
+        nnunet: nnU-Net's predictor, with its model loaded.
+        image: preprocessed, ``(C, *)``.
+    """
+    network = network_of(nnunet)
+    told = _told(nnunet, network, image) if getattr(network, "modality", 0) is None else None
+    if told is None:
+        yield
+        return
+    network.modality = told
+    try:
+        yield
+    finally:
+        network.modality = None
+
+
+@torch.inference_mode()
+def _told(nnunet: Any, network: Any, image: Tensor) -> int | None:
+    patch = tuple(nnunet.configuration_manager.patch_size)
+    volume, _ = padded(image.float(), patch)
+    network.to(nnunet.device)
+    total: Tensor | None = None
+    for where in tile_positions(volume.shape[1:], patch, 1.0):
+        log_probabilities = network.tell(volume[where][None].to(nnunet.device))
+        if log_probabilities is None:
+            return None
+        total = log_probabilities if total is None else total + log_probabilities
+    return int(total.argmax())

@@ -21,6 +21,7 @@ from nnunet_diffext.inference.ensemble import Ensemble, TileEnsemble
 from nnunet_diffext.inference.export import to_case_result
 from nnunet_diffext.inference.grid import ModelPlans, preprocess
 from nnunet_diffext.inference.members import NoiseFields, mirror_combinations, resolve_sampling
+from nnunet_diffext.inference.modality import modality_of_image
 from nnunet_diffext.inference.model_folder import FINAL, load_predictor, network_of
 from nnunet_diffext.inference.sliding import average_over_tiles, padded, tile_positions
 from nnunet_diffext.networks.sampling import Sampling
@@ -151,7 +152,8 @@ class Predictor:
         for state in weights:
             if len(weights) > 1:
                 self._network.load_state_dict(state)
-            more, counts = average_over_tiles(self.nnunet, image, tiles.channels, tiles)
+            with modality_of_image(self.nnunet, image):
+                more, counts = average_over_tiles(self.nnunet, image, tiles.channels, tiles)
             maps = more if maps is None else maps.add_(more)
             totals = counts if totals is None else totals + counts
         return tiles.finish(maps.div_(len(weights)), totals, len(weights))

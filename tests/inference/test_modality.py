@@ -12,7 +12,7 @@ import torch
 
 from nnunet_diffext.data.modalities import modalities_of
 from nnunet_diffext.inference.calibration_file import describe_use
-from nnunet_diffext.inference.modality import set_modality
+from nnunet_diffext.inference.modality import modality_of_image, set_modality
 from nnunet_diffext.inference.output_folder import prepare_folder
 
 TWO = {"modalities": {"001_a": "CT", "002_a": "MR"}, "annotated": {"MR": ["b"]}}
@@ -78,3 +78,39 @@ def test_a_temperature_was_fitted_without_it() -> None:
     told, untold = (describe_use(content, Path("model"), settings, modality) for modality in ("MR", None))
     assert len(told) == 2 and "for MR, given, another one may be better" in told[1] and untold == told[:1]
     assert describe_use(None, Path("model"), settings, "MR") == []
+
+
+class Teller(torch.nn.Module):
+    """Tells MR where a tile is bright, and hesitates otherwise."""
+
+    modality: int | None = None
+
+    def tell(self, image: torch.Tensor) -> torch.Tensor:
+        assert image.shape[2:] == (4, 4)
+        bright = image.mean((1, 2, 3)) > 0.5
+        return torch.where(bright[:, None], torch.tensor([-3.0, -0.05]), torch.tensor([-0.6, -0.8]))
+
+
+def test_all_tiles_of_an_image_have_one_modality() -> None:
+    """Two of three tiles say CT, with less conviction; plane by plane; for the time of this image only."""
+    network = Teller()
+    nnunet = SimpleNamespace(
+        network=network, device=torch.device("cpu"), configuration_manager=SimpleNamespace(patch_size=(4, 4))
+    )
+    image = torch.zeros(1, 3, 4, 3)
+    with modality_of_image(nnunet, image):
+        assert network.modality == 0
+    image[:, 1] = 1
+    with modality_of_image(nnunet, image):
+        assert network.modality == 1
+    with pytest.raises(RuntimeError, match="in between"), modality_of_image(nnunet, image):
+        raise RuntimeError("in between")
+    assert network.modality is None
+    network.modality = 0
+    with modality_of_image(nnunet, image):
+        assert network.modality == 0, "given"
+    assert network.modality == 0
+    for other in (torch.nn.Linear(1, 1), SimpleNamespace(modality=None, tell=lambda _: None, to=lambda _: None)):
+        nnunet.network = other
+        with modality_of_image(nnunet, image):
+            assert getattr(other, "modality", None) is None
