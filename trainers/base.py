@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
+from torch.nn.utils import clip_grad_norm_
 
 from nnunet_diffext.checkpoints import CheckpointError, read_safely, write_checkpoint
 from nnunet_diffext.diffusion import LabelSpace
@@ -22,6 +23,8 @@ from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
 from nnunet_diffext.trainers.configured import CUDA, ConfiguredTrainer
 from nnunet_diffext.trainers.precision import check_bfloat16
 
+MAX_NORM = 12
+"""Of the gradient, as in nnU-Net."""
 MAX_BAD_STEPS = 50
 """Consecutive steps with non-finite gradients after which a training is given up."""
 
@@ -146,7 +149,7 @@ class DiffextTrainer(ConfiguredTrainer):
         (scaler.scale(total) if scaler is not None else total).backward()
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        norm = self.clip_gradients()
         if scaler is not None:
             scaler.step(self.optimizer)  # skips non-finite gradients itself
             scaler.update()
@@ -157,6 +160,10 @@ class DiffextTrainer(ConfiguredTrainer):
         self._steps_this_epoch += 1
         report = {name: loss.detach().float().cpu().numpy() for name, loss in losses.items()}
         return {"loss": total.detach().float().cpu().numpy(), **report}
+
+    def clip_gradients(self) -> Tensor:
+        """Limit the norm of the gradient to nnU-Net's 12; returns what it was."""
+        return clip_grad_norm_(self.network.parameters(), MAX_NORM)
 
     def _count_bad_step(self, finite: bool, losses: Mapping[str, Tensor]) -> None:
         if finite:

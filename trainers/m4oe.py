@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
+from torch.nn.utils import clip_grad_norm_
 
 from nnunet_diffext.evaluation.expert_usage import ExpertUsage
 from nnunet_diffext.losses.balance import balance_loss
@@ -21,6 +22,7 @@ from nnunet_diffext.networks.m4oe_transfer import freeze_all_but, start_from_pre
 from nnunet_diffext.settings import PLANS_KEY
 from nnunet_diffext.stages import Stage, StageError
 from nnunet_diffext.trainers.adam import AdamTrainer
+from nnunet_diffext.trainers.base import MAX_NORM
 from nnunet_diffext.trainers.configured import ConfiguredTrainer, instead
 from nnunet_diffext.trainers.m4oe_settings import M4oESettings
 from nnunet_diffext.trainers.multimodal import MultimodalTrainer
@@ -172,6 +174,15 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
             for group in optimizer.param_groups:
                 group["weight_decay"] = 0.0  # it would move what is frozen in part
         return optimizer, self.scheduler_of(optimizer)
+
+    def clip_gradients(self) -> Tensor:
+        """The modality gate's apart: how far it moves must not change how far the network does."""
+        gate = self.module.modality_gate
+        if gate is None:
+            return super().clip_gradients()
+        own = set(gate.parameters())
+        rest = [p for p in self.network.parameters() if p not in own]
+        return torch.hypot(clip_grad_norm_(rest, MAX_NORM), clip_grad_norm_(own, MAX_NORM))
 
     def loss_weights(self) -> Mapping[str, float]:
         """Of the losses on the experts' gates, and of the gate that tells the modality."""
