@@ -28,6 +28,8 @@ from nnunet_diffext.trainers.m4oe_settings import M4oESettings
 from nnunet_diffext.trainers.multimodal import MultimodalTrainer
 from nnunet_diffext.trainers.staged import StagedTrainer, load_weights
 
+GATE_NORM = 1
+"""Limit of the norm of the modality gate's gradient: without normalisation, large steps of SGD would ruin it."""
 ONE_MODALITY = "One modality: its experts are shared out by the gate alone, which nothing but the loss tells apart."
 GROWN = (
     "Name a model of nnunet_diffext add_modality: export nnUNet_diffext_pretraining=MODEL_FOLDER; or leave out the "
@@ -177,12 +179,12 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
 
     def clip_gradients(self) -> Tensor:
         """The modality gate's apart: how far it moves must not change how far the network does."""
-        gate = self.module.modality_gate
-        if gate is None:
+        if self.module.modality_gate is None:
             return super().clip_gradients()
-        own = set(gate.parameters())
-        rest = [p for p in self.network.parameters() if p not in own]
-        return torch.hypot(clip_grad_norm_(rest, MAX_NORM), clip_grad_norm_(own, MAX_NORM))
+        own = list(self.module.modality_gate.parameters())
+        ids = set(map(id, own))
+        rest = [p for p in self.network.parameters() if id(p) not in ids]
+        return torch.hypot(clip_grad_norm_(rest, MAX_NORM), clip_grad_norm_(own, GATE_NORM))
 
     def loss_weights(self) -> Mapping[str, float]:
         """Of the losses on the experts' gates, and of the gate that tells the modality."""
@@ -199,7 +201,10 @@ class M4oETrainer(MultimodalTrainer, AdamTrainer, StagedTrainer):
         if s.lambda_balance > 0 and gates:
             losses["balance"] = balance_loss(gates)
         if out.told is not None:
-            losses["modality"] = nll_loss(out.told, modality)
+            # a modality that is not active has probability 0, which is no error of the gate
+            known = self.module.active[modality]
+            surprise = torch.where(known, nll_loss(out.told, modality, reduction="none"), 0.0)
+            losses["modality"] = surprise.sum() / known.sum().clamp_min(1)
         if self.usage is not None:
             self.usage.add(out.encoder_gates, out.decoder_gates, modality, out.told)
         return losses

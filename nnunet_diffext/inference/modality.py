@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from nnunet_diffext.inference.model_folder import network_of
 from nnunet_diffext.inference.sliding import padded, tile_positions
 
 TRAINER = "M4oETrainer"
+LEAST = math.log(0.01)
+"""Of ``log P(m | tile)``: no single tile, and no fold that was never trained on a modality, decides alone."""
 
 
 def set_modality(nnunet: Any, name: str) -> None:
@@ -45,8 +48,9 @@ def set_modality(nnunet: Any, name: str) -> None:
 
 @contextmanager
 def modality_of_image(nnunet: Any, image: Tensor) -> Iterator[None]:
-    """Let all tiles of an image have one modality: that with the highest mean of ``log P(m | tile)``. A tile with next
-    to nothing in it is easily mistaken. Networks that are given the modality, or tell none, are left alone.
+    """Let an image have one modality in all tiles and folds: that with the highest sum of ``log P(m | tile)``, of which
+    none is below :data:`LEAST`. A tile with next to nothing in it is easily mistaken. Networks that are given the
+    modality, or tell none, are left alone.
 
     Args:
         nnunet: nnU-Net's predictor, with its model loaded.
@@ -69,10 +73,13 @@ def _told(nnunet: Any, network: Any, image: Tensor) -> int | None:
     patch = tuple(nnunet.configuration_manager.patch_size)
     volume, _ = padded(image.float(), patch)
     network.to(nnunet.device)
-    total: Tensor | None = None
-    for where in tile_positions(volume.shape[1:], patch, 1.0):
-        log_probabilities = network.tell(volume[where][None].to(nnunet.device))
-        if log_probabilities is None:
-            return None
-        total = log_probabilities if total is None else total + log_probabilities
+    total: Tensor | float = 0.0
+    for state in nnunet.list_of_parameters:
+        if len(nnunet.list_of_parameters) > 1:
+            network.load_state_dict(state)
+        for where in tile_positions(volume.shape[1:], patch, 1.0):
+            told = network.tell(volume[where][None].to(nnunet.device))
+            if told is None:
+                return None
+            total = total + told.clamp_min(LEAST)
     return int(total.argmax())

@@ -149,13 +149,13 @@ class Predictor:
         )  # fmt: skip
         weights = self.nnunet.list_of_parameters
         maps = totals = None
-        for state in weights:
-            if len(weights) > 1:
-                self._network.load_state_dict(state)
-            with modality_of_image(self.nnunet, image):
+        with modality_of_image(self.nnunet, image):
+            for state in weights:
+                if len(weights) > 1:
+                    self._network.load_state_dict(state)
                 more, counts = average_over_tiles(self.nnunet, image, tiles.channels, tiles)
-            maps = more if maps is None else maps.add_(more)
-            totals = counts if totals is None else totals + counts
+                maps = more if maps is None else maps.add_(more)
+                totals = counts if totals is None else totals + counts
         return tiles.finish(maps.div_(len(weights)), totals, len(weights))
 
     def predict_case(

@@ -49,7 +49,7 @@ def start_from_pretraining(net: M4oENet, weights: Mapping[str, Tensor]) -> str:
 
 def freeze_all_but(net: M4oENet, modality: int) -> None:
     """Train nothing but one modality's expert in every block, its row of every gate, and its head (of a shared one, the
-    labels that no other modality has).
+    labels that no other modality has). The modality gate of a network that had a single modality is new as a whole.
     """
     rows = []
     for parameter in net.parameters():
@@ -65,7 +65,11 @@ def freeze_all_but(net: M4oENet, modality: int) -> None:
             continue
         rows += [getattr(module, name) for name in module.stacked]
         rows += [module.gate.weight, module.gate.bias] if module.weighs else []
-    rows += net.modality_gate.rows.parameters() if net.modality_gate is not None else []
+    gate = net.modality_gate
+    if gate is not None and len(net.modalities) == 2:  # before, there was nothing to tell: all of it is new
+        gate.requires_grad_(True)
+    elif gate is not None:
+        rows += gate.rows.parameters()
     for parameter in rows:
         parameter.requires_grad_(True).register_hook(_OnlyRows([modality]))
 

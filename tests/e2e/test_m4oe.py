@@ -201,7 +201,7 @@ def predicted(model: Path, images: Path, output: Path, *options: str) -> dict[st
 
 
 def test_modality_that_is_known(trained: Path, images: Path, tmp_path: Path) -> None:
-    """No labels but its own; without it those of the modality that the gates tell."""
+    """No labels but its own; without it those of the modality that the network tells."""
     tile = tmp_path / "tiles"
     tile.mkdir()
     for file in images.iterdir():

@@ -95,7 +95,10 @@ def test_all_tiles_of_an_image_have_one_modality() -> None:
     """Two of three tiles say CT, with less conviction; plane by plane; for the time of this image only."""
     network = Teller()
     nnunet = SimpleNamespace(
-        network=network, device=torch.device("cpu"), configuration_manager=SimpleNamespace(patch_size=(4, 4))
+        network=network,
+        device=torch.device("cpu"),
+        configuration_manager=SimpleNamespace(patch_size=(4, 4)),
+        list_of_parameters=[{}],
     )
     image = torch.zeros(1, 3, 4, 3)
     with modality_of_image(nnunet, image):
@@ -114,3 +117,25 @@ def test_all_tiles_of_an_image_have_one_modality() -> None:
         nnunet.network = other
         with modality_of_image(nnunet, image):
             assert getattr(other, "modality", None) is None
+
+
+def test_folds_that_disagree_have_one_modality() -> None:
+    """A fold that was never trained on MR has no veto against those that were."""
+
+    class Folds(Teller):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("said", torch.zeros(1, 2))
+
+        def tell(self, image: torch.Tensor) -> torch.Tensor:
+            return self.said
+
+    network, image = Folds(), torch.zeros(1, 4, 4)
+    nnunet = SimpleNamespace(
+        network=network, device=torch.device("cpu"), configuration_manager=SimpleNamespace(patch_size=(4, 4))
+    )
+    says_ct, says_mr = ({"said": torch.tensor([row])} for row in ([0.0, -1e9], [-8.0, -0.001]))
+    for states, expected in (([says_ct, says_mr, says_mr], 1), ([says_ct, says_ct, says_mr], 0)):
+        nnunet.list_of_parameters = states
+        with modality_of_image(nnunet, image):
+            assert network.modality == expected

@@ -160,6 +160,8 @@ def test_from_a_single_modality() -> None:
     old, new = make_net("2d", {"CT": OLD["CT"][:2]}, experts=1), make_net("2d", {"CT": OLD["CT"], "US": (True,) * 3})
     new.load_state_dict(extend_weights(old.state_dict(), old, new))
     assert old.tell(images()) is None and new.tell(images()).exp()[:, 0].min() == 1
+    freeze_all_but(new, 1)
+    assert all(p.requires_grad for p in new.modality_gate.parameters()), "nothing old depends on it"
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,8 @@ def test_modality_without_a_training_case_does_not_answer(
     trainer.print_to_log_file = lambda *text, **_: said.append(" ".join(map(str, text)))
     trainer.on_train_start()
     assert [line for line in said if "nothing teaches MR, of which fold 0 has no training case" in line]
+    report = trainer.train_step(batch_of(trainer, ("ct_0", "mr_0")))
+    assert float(report["modality"]) < 2, "what cannot be told is no error"
     network = trainer.network.eval()
     assert network.active.tolist() == [True, False]
     image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)

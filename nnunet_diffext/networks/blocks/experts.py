@@ -18,7 +18,8 @@ WEIGHING = ("token", "sample")
 """Gates with probabilities of the experts."""
 
 NEVER = -1e9
-"""Logit of an expert that must not be used: its probability is exactly 0, and sums of logits stay finite."""
+"""Logit of an expert that must not be used, or a modality that must not be told: its probability is exactly 0, and sums
+of logits stay finite."""
 
 
 class Gate(NamedTuple):
