@@ -18,8 +18,8 @@ class ModalityGate(nn.Module):
     """``log P(m | x)``: convolutions without normalisation, which would hide intensities; mean, maximum and standard
     deviation over the voxels; a linear map for every modality, which starts at zero.
 
-    It learns beside the network, not in it. Gates over experts can be made to tell the modality, too, but cost the
-    segmentation several points of Dice then (benchmarks/RESULTS.md).
+    It learns beside the network, not in it. Gates over experts can be made to tell the modality, too, but that can
+    cost Dice, and frozen ones do not learn to tell another modality (benchmarks/RESULTS.md).
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
