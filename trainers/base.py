@@ -23,8 +23,7 @@ from nnunet_diffext.settings import LABELS_KEY, PLANS_KEY
 from nnunet_diffext.trainers.configured import CUDA, ConfiguredTrainer
 from nnunet_diffext.trainers.precision import check_bfloat16
 
-MAX_NORM = 12
-"""Of the gradient, as in nnU-Net."""
+MAX_NORM = 12  # of the gradient, as in nnU-Net
 MAX_BAD_STEPS = 50
 """Consecutive steps with non-finite gradients after which a training is given up."""
 
@@ -162,7 +161,7 @@ class DiffextTrainer(ConfiguredTrainer):
         return {"loss": total.detach().float().cpu().numpy(), **report}
 
     def clip_gradients(self) -> Tensor:
-        """Limit the norm of the gradient to nnU-Net's 12; returns what it was."""
+        """Limit the norm of the gradient; returns what it was."""
         return clip_grad_norm_(self.network.parameters(), MAX_NORM)
 
     def _count_bad_step(self, finite: bool, losses: Mapping[str, Tensor]) -> None:

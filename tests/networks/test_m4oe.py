@@ -47,7 +47,15 @@ def swin_unet(modalities: int = 1, **options: Any) -> float:
     names = {str(m): (True,) * 9 for m in range(modalities)}
     with torch.device("meta"):
         net = M4oENet(
-            make_architecture(plan), plan.patch, 3, LabelSpace(9), names, experts=modalities, stem=False, **options
+            make_architecture(plan),
+            plan.patch,
+            3,
+            LabelSpace(9),
+            names,
+            experts=modalities,
+            stem=False,
+            tells=False,
+            **options,
         )
     assert [level[0].attention.window for level in net.encoder.levels] == [(7, 7)] * 4
     assert [level[0].attention.heads for level in net.encoder.levels] == [3, 6, 12, 24]
