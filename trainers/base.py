@@ -24,8 +24,7 @@ from nnunet_diffext.trainers.configured import CUDA, ConfiguredTrainer
 from nnunet_diffext.trainers.precision import check_bfloat16
 
 MAX_NORM = 12  # of the gradient, as in nnU-Net
-MAX_BAD_STEPS = 50
-"""Consecutive steps with non-finite gradients after which a training is given up."""
+MAX_BAD_STEPS = 50  # in a row, with non-finite gradients; then a training is given up
 
 
 class DiffextTrainer(ConfiguredTrainer):
